@@ -1,0 +1,11 @@
+"""Estimators of ∇_μ E_q[ℓ] for Gaussian q: the averages of g = ∇ℓ and H = ∇²ℓ over draws (Bonnet, Price)."""
+
+from ._estimate import Draws as Draws
+from ._estimate import Estimate as Estimate
+from ._estimate import Extras as Extras
+from ._estimate import Objective as Objective
+from .hessian import hessian as hessian
+from .hutchinson import hutchinson as hutchinson
+from .reparameterized import reparameterized as reparameterized
+
+__all__ = ["Draws", "Estimate", "Extras", "Objective", "hessian", "hutchinson", "reparameterized"]

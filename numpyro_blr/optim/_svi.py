@@ -1,0 +1,191 @@
+"""NumPyro's SVI, seen from its optimizer: who is calling, and the loss as a function of the Gaussian and the noise."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+import numpyro.optim
+from jax import Array, random
+from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from numpyro.optim import _NumPyroOptim
+from numpyro.primitives import Messenger
+
+from ..gradients import Draws, Extras, Objective
+from ._layout import Layout, Site, scatter, subsampled, unwrap
+
+__all__ = [
+    "Redraw",
+    "calling_svi",
+    "check_loss",
+    "check_params",
+    "checked_state",
+    "host_optimizer",
+    "objective_of",
+    "report_skipped",
+    "standard_normal",
+]
+
+SUPPORTED_LOSSES = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
+
+
+def calling_svi(method: Callable) -> tuple[SVI, tuple, dict]:
+    """The `SVI` object whose `method` is being executed, with the model's arguments.
+
+    SVI hands an optimizer no program, but it calls the optimizer from its own methods: the caller's frame has it.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not method.__code__:
+        frame = frame.f_back
+    if frame is None:
+        raise RuntimeError(
+            f"BLR must be initialised by SVI.{method.__name__}, which knows the guide; it was called without one. "
+            "Pass it to `SVI(model, guide, BLR(), loss)` and call `svi.init` or `svi.run`."
+        )
+    return frame.f_locals["self"], frame.f_locals["args"], frame.f_locals["kwargs"]
+
+
+def check_loss(loss: Any) -> None:
+    """A rule for E_q[ℓ] − H(q) is wrong for any other objective, however small its gradient."""
+    if not isinstance(loss, SUPPORTED_LOSSES):
+        raise TypeError(
+            f"BLR minimises the negative ELBO, E_q[-log p] - H(q); got {type(loss).__name__}. "
+            f"Use one of {', '.join(kind.__name__ for kind in SUPPORTED_LOSSES)}."
+        )
+    if getattr(loss, "multi_sample_guide", False):
+        raise TypeError("BLR draws its own samples: use `num_particles` instead of `multi_sample_guide=True`.")
+
+
+def check_params(params: Mapping[str, Any]) -> None:
+    for name, value in params.items():
+        for leaf in jax.tree.leaves(value):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise TypeError(
+                    f"BLR updates real floating-point parameters; '{name}' has dtype {jnp.result_type(leaf)}. "
+                    "Give it a floating-point initial value, or make it an argument of the model."
+                )
+
+
+def checked_state(state: Any, kind: type) -> tuple[Array, Any]:
+    """(step, optimizer state), or the reason why this is none."""
+    if not (isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], kind)):
+        raise TypeError(
+            f"BLR cannot continue from an optimizer state of type {type(state[-1] if state else state).__name__}: "
+            "pass an `init_state` that came from SVI with BLR, or start anew with `init_params`."
+        )
+    return state
+
+
+def report_skipped(count: Array, skipped: Array) -> None:
+    """Warn of steps that were not finite; raise once ten or more were taken and nothing else."""
+    if isinstance(skipped, jax.core.Tracer) or not (skipped > 0).any():
+        return
+    described = f"{skipped} of {count} steps had a loss or gradient that is not finite"
+    if (skipped == count).all() and (count >= 10).all():
+        raise FloatingPointError(
+            f"BLR: {described}, so the guide is where it started. Start it elsewhere (`init_loc_fn`, for example "
+            "init_to_value or init_to_median), or find the site with `numpyro.validation_enabled()`."
+        )
+    warnings.warn(f"BLR: {described}; they left the guide as it was.", stacklevel=4)
+
+
+def host_optimizer(others: Any) -> _NumPyroOptim:
+    """NumPyro's own optimizers as they are, optax ones wrapped as `SVI` wraps them."""
+    if others is None:
+        return numpyro.optim.Adam(1e-3)
+    if isinstance(others, _NumPyroOptim):
+        return others
+    if hasattr(others, "init") and hasattr(others, "update"):
+        return numpyro.optim.optax_to_numpyro(others)
+    raise TypeError(f"others must be a numpyro.optim or an optax optimizer, got {others!r}.")
+
+
+def objective_of(fn: Callable, layout: Layout, params: Mapping[str, Any]) -> Objective:
+    """SVI's loss as a function of (mean, scales, others) at noise that the caller chooses.
+
+    `fn` closes over one random key, so all evaluations see the same minibatch, and the same noise for the same draw.
+    """
+
+    def objective(loc: Array, scales: tuple[Array | None, ...], others: Mapping[str, Any], draw: Draws | None):
+        values = {**scatter(layout, loc, scales, params), **others}
+        redraw = Redraw(layout, draw)
+        with redraw:
+            loss, aux = fn(values)
+        return loss, Extras(aux, redraw.weight(loc))
+
+    return objective
+
+
+class Redraw(Messenger):
+    """Replaces the value that the guide draws at each recognised site by loc ± C ε, with ε the draw's own noise.
+
+    Noise k of a site is a function of the key that the host gives the site and of k: particles, which have keys of
+    their own, keep draws of their own. With `draw=None` the host's values stay, and only the weights are noted.
+    """
+
+    def __init__(self, layout: Layout, draw: Draws | None) -> None:
+        super().__init__(None)
+        self.sites = {site.name: site for site in layout.sites}
+        self.draw = draw
+        self.plates: dict[str, dict] = {}
+        self.weights: dict[str, Any] = {}
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "plate":
+            self.plates[msg["name"]] = msg
+        if msg["type"] != "sample" or msg["name"] not in self.sites or msg["value"] is not None:
+            return  # in the model the value is there already, replayed from the guide
+        site = self.sites[msg["name"]]
+        self.weights[site.name] = _entropy_weight(site, msg, self.plates)
+        if self.draw is None or site.block.structure == "point":
+            return
+        base, transforms = unwrap(msg["fn"])
+        noise = standard_normal(msg["kwargs"]["rng_key"], self.draw.number, base.shape(), base.loc.dtype)
+        value: Array = base.loc + _affine(base, self.draw.sign * noise)
+        intermediates = []
+        for transform in transforms:
+            inner, (value, inside) = value, transform.call_with_intermediates(value)
+            intermediates.append([inner, inside])
+        msg["value"] = value
+        # only a TransformedDistribution itself takes its intermediates back in log_prob; under a wrapper it inverts
+        msg["intermediates"] = intermediates if isinstance(msg["fn"], dist.TransformedDistribution) else []
+
+    def weight(self, loc: Array) -> Array | None:
+        """The weight of each coordinate's entropy in the loss, [D]; None where no plate or scale changes it."""
+        if all(weight is None for weight in self.weights.values()):
+            return None
+        parts = []
+        for site in self.sites.values():
+            weight = self.weights.get(site.name)
+            parts.append(jnp.ravel(jnp.broadcast_to(1.0 if weight is None else weight, site.block.shape)))
+        return jnp.concatenate(parts).astype(loc.dtype)
+
+
+def standard_normal(rng_key: Array, number: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Noise number `number` of the site that was given `rng_key`."""
+    return random.normal(random.fold_in(rng_key, number), shape, dtype)
+
+
+def _entropy_weight(site: Site, message: dict, plates: dict[str, dict]) -> Any:
+    """The scale of the site in the loss, spread over the rows of the parameter that the batch covers."""
+    frames = subsampled(message, plates)
+    if not frames:
+        return message["scale"]
+    event_dim = len(site.block.shape) - len(message["fn"].batch_shape)
+    weight = jnp.ones(site.block.shape)
+    for dim, size, indices in frames:
+        axis = dim - event_dim + len(site.block.shape)
+        covered = jnp.zeros(size).at[indices].set(1.0)
+        weight = weight * covered.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+    return weight * (1.0 if message["scale"] is None else message["scale"])
+
+
+def _affine(base: Any, noise: Array) -> Array:
+    if isinstance(base, dist.MultivariateNormal):
+        return jnp.squeeze(base.scale_tril @ noise[..., None], -1)
+    return base.scale * noise

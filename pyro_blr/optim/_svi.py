@@ -1,0 +1,260 @@
+"""Pyro's SVI, seen from its optimizer: who is calling, and the loss as a function of the Gaussian and the noise.
+
+`SVI.step` hands an optimizer tensors with gradients, and nothing else. The loss as a function is read off the calling
+`SVI`, whose model, guide, loss and arguments are evaluated again at draws of our own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import (
+    SVI,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceMeanField_ELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+)
+from pyro.optim import PyroOptim
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from ..gradients import Draws, Extras, Objective
+from ._layout import Layout, Site, constrained, subsampled, unconstrained, undisturbed, unwrap
+
+__all__ = [
+    "Redraw",
+    "calling_svi",
+    "check_loss",
+    "check_params",
+    "host_gradients",
+    "host_optimizer",
+    "objective_of",
+    "report_skipped",
+    "standard_normal",
+]
+
+# A compiled loss cannot be given other draws, so the class that it compiles is evaluated in its place.
+SUPPORTED_LOSSES: dict[type, Any] = {
+    Trace_ELBO: Trace_ELBO,
+    JitTrace_ELBO: Trace_ELBO,
+    TraceMeanField_ELBO: TraceMeanField_ELBO,
+    JitTraceMeanField_ELBO: TraceMeanField_ELBO,
+    TraceEnum_ELBO: TraceEnum_ELBO,
+    JitTraceEnum_ELBO: TraceEnum_ELBO,
+}
+
+
+def calling_svi(method: Callable) -> tuple[SVI, tuple, dict]:
+    """The `SVI` object whose `method` is being executed, with the model's arguments.
+
+    SVI hands an optimizer no program, but it calls the optimizer from its own methods: the caller's frame has it.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not method.__code__:
+        frame = frame.f_back
+    if frame is None:
+        raise RuntimeError(
+            f"BLR must be called by SVI.{method.__name__}, which knows the guide and the loss; it was called without "
+            "one. Pass it to `SVI(model, guide, BLR(), loss)` and call `svi.step`."
+        )
+    return frame.f_locals["self"], frame.f_locals["args"], frame.f_locals["kwargs"]
+
+
+def check_loss(svi: SVI) -> Any:
+    """The ELBO object of `svi`. A rule for E_q[ℓ] − H(q) is wrong for any other objective."""
+    loss = getattr(svi.loss, "__self__", svi.loss)
+    if type(loss) not in SUPPORTED_LOSSES:
+        raise TypeError(
+            f"BLR minimises the negative ELBO, E_q[-log p] - H(q); got {type(loss).__name__}. "
+            f"Use one of {', '.join(kind.__name__ for kind in SUPPORTED_LOSSES)}."
+        )
+    return loss
+
+
+def check_params(params: Iterable[Tensor]) -> None:
+    for param in params:
+        if not param.dtype.is_floating_point:
+            name = pyro.get_param_store().param_name(param)
+            raise TypeError(
+                f"BLR updates real floating-point parameters; '{name}' has dtype {param.dtype}. "
+                "Give it a floating-point initial value, or make it an argument of the model."
+            )
+
+
+def report_skipped(count: int, skipped: int) -> None:
+    """Warn of steps that were not finite; raise once ten or more were taken and nothing else."""
+    described = f"{skipped} of {count} steps had a loss or gradient that is not finite"
+    if skipped == count >= 10:
+        raise FloatingPointError(
+            f"BLR: {described}, so the guide is where it started. Start it elsewhere (`init_loc_fn`, for example "
+            "init_to_value or init_to_median), or find the site with `pyro.enable_validation()`."
+        )
+    warnings.warn(f"BLR: {described}; they left the guide as it was.", stacklevel=4)
+
+
+def host_optimizer(others: Any) -> PyroOptim:
+    if others is None:
+        return PyroOptim(torch.optim.Adam, {"lr": 1e-3})
+    if isinstance(others, PyroOptim):
+        return others
+    raise TypeError(
+        f"others must be a pyro.optim.PyroOptim, for example pyro.optim.Adam({{'lr': 0.01}}); got {others!r}."
+    )
+
+
+def objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout, seed: int) -> Objective:
+    """SVI's loss as a function of (mean, scales) at noise that the caller chooses.
+
+    Everything random is a function of `seed`: all evaluations see the same minibatch, and the same noise for the same
+    draw. The host's random state and its parameters are left as they are.
+    """
+    elbo = check_loss(svi)
+    loss_of = SUPPORTED_LOSSES[type(elbo)].differentiable_loss
+
+    def objective(loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draw: Draws):
+        redraw = Redraw(layout, constrained(layout, loc, scales), draw, seed)
+        with redraw, undisturbed(seed, loc.device):
+            try:
+                loss = loss_of(elbo, svi.model, svi.guide, *args, **kwargs)
+            except torch.linalg.LinAlgError:
+                # a matrix of the model has no Cholesky factor at this draw; the rule refuses what is not finite
+                loss = torch.nan * sum(value.sum() for value in redraw.values.values())
+        return loss, Extras(None, redraw.weight(loc))
+
+    return objective
+
+
+def host_gradients(layout: Layout) -> Objective:
+    """A function of (mean, scales) whose gradient is the one that the host's backward pass left in the parameters.
+
+    It is Σ_p ⟨∂L/∂p, p(m, C)⟩ over the unconstrained parameters p, so that differentiating it applies the chain rule
+    through their constraints. Its value is not the loss.
+    """
+    gradients = {
+        name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.clone()
+        for name, tensor in layout.tensors.items()
+    }
+
+    def objective(loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draw: None):
+        values = unconstrained(layout, loc, scales)
+        return sum((gradients[name] * value).sum() for name, value in values.items()), Extras(None, None)
+
+    return objective
+
+
+class Redraw(Messenger):
+    """Gives each recognised site our Gaussian for its distribution, and loc ± C ε for its value.
+
+    Noise k is drawn from a generator of its own, seeded by k, in the order in which the guide asks: particles, which
+    ask one after the other, keep draws of their own.
+    """
+
+    def __init__(self, layout: Layout, values: dict[str, Tensor], draw: Draws, seed: int) -> None:
+        super().__init__()
+        self.sites = {site.name: site for site in layout.sites}
+        self.values = values
+        self.draw = draw
+        device = next(iter(values.values())).device
+        self.generator = torch.Generator(device).manual_seed(seed + 1 + int(draw.number))
+        self.indices: dict[str, Tensor] = {}
+        self.weights: dict[str, Any] = {}
+
+    def _pyro_param(self, msg: Any) -> None:
+        # a parameter may be used beside its site as well; a module's own nn.Parameter does not pass through here
+        if msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], _Subsample):
+            self.indices[msg["name"]] = msg["value"]
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.sites or msg["done"] or msg["value"] is not None:
+            return  # in the model the value is there already, replayed from the guide
+        site = self.sites[msg["name"]]
+        self.weights[site.name] = _entropy_weight(site, msg, self.indices)
+        loc, *factors = (_rows(self.values[name], site, msg, self.indices) for name in (site.loc, *site.scale))
+        scale = None if not factors else factors[0] if len(factors) == 1 else factors[0][..., None] * factors[1]
+        msg["fn"] = _replaced(msg["fn"], loc, scale)
+        base, transforms = unwrap(msg["fn"])
+        if site.block.structure == "point":
+            return
+        noise = standard_normal(self.generator, self.draw.number, base.batch_shape + base.event_shape, base.loc)
+        value = base.loc + _affine(base, self.draw.sign * noise)
+        for transform in transforms:
+            value = transform(value)
+        msg["value"], msg["done"] = value, True
+
+    def weight(self, loc: Tensor) -> Tensor | None:
+        """The weight of each coordinate's entropy in the loss, [D]; None where no plate or scale changes it."""
+        if all(isinstance(weight, float) and weight == 1 for weight in self.weights.values()):
+            return None
+        parts = [
+            torch.as_tensor(self.weights.get(name, 1.0), dtype=loc.dtype, device=loc.device)
+            .expand(site.block.shape)
+            .reshape(-1)
+            for name, site in self.sites.items()
+        ]
+        return torch.cat(parts)
+
+
+def standard_normal(generator: torch.Generator, number: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """The next array of noise number `number`, which seeded the generator; dtype and device of `like`."""
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def _axes(site: Site, message: Any) -> list[tuple[Any, int]]:
+    """The subsampled plates around a site, each with the axis of the site's parameters, from the left."""
+    event_dim = message["fn"].event_dim
+    return [(frame, frame.dim - event_dim + len(site.block.shape)) for frame in subsampled(message)]
+
+
+def _rows(value: Tensor, site: Site, message: Any, indices: dict[str, Tensor]) -> Tensor:
+    """The rows of a parameter that the subsampled plates let through."""
+    for frame, axis in _axes(site, message):
+        value = value.index_select(axis, indices[frame.name])
+    return value
+
+
+def _entropy_weight(site: Site, message: Any, indices: dict[str, Tensor]) -> Any:
+    """The scale of the site in the loss, spread over the rows of the parameter that the batch covers."""
+    weight = message["scale"]
+    for frame, axis in _axes(site, message):
+        rows = indices[frame.name]
+        covered = torch.zeros(frame.full_size, device=rows.device).index_fill_(0, rows, 1.0)
+        weight = weight * covered.reshape([-1 if i == axis else 1 for i in range(len(site.block.shape))])
+    return float(weight) if isinstance(weight, (int, float)) else weight
+
+
+def _replaced(fn: Any, loc: Tensor, scale: Tensor | None) -> Any:
+    """`fn` with another location, and another scale unless that is None, under the same wrappers."""
+    if isinstance(fn, torch.distributions.Independent):
+        return _replaced(fn.base_dist, loc, scale).to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.MaskedDistribution):
+        return _replaced(fn.base_dist, loc, scale).mask(fn._mask)
+    if isinstance(fn, dist.ExpandedDistribution):
+        return _replaced(fn.base_dist, loc, scale).expand(fn.batch_shape)
+    if isinstance(fn, torch.distributions.TransformedDistribution):
+        return dist.TransformedDistribution(_replaced(fn.base_dist, loc, scale), fn.transforms)
+    if isinstance(fn, dist.Delta):
+        return dist.Delta(loc.expand_as(fn.v), fn.log_density, fn.event_dim)
+    if isinstance(fn, torch.distributions.MultivariateNormal):
+        factor = fn.scale_tril if scale is None else scale.expand_as(fn.scale_tril)
+        return dist.MultivariateNormal(loc.expand_as(fn.loc), scale_tril=factor)
+    return dist.Normal(loc.expand_as(fn.loc), fn.scale if scale is None else scale.expand_as(fn.scale))
+
+
+def _affine(base: Any, noise: Tensor) -> Tensor:
+    if isinstance(base, torch.distributions.MultivariateNormal):
+        return (base.scale_tril @ noise[..., None]).squeeze(-1)
+    return base.scale * noise
