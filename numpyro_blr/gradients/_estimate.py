@@ -40,10 +40,12 @@ class Extras(NamedTuple):
         aux: the host's auxiliary output (NumPyro's mutable state), passed through.
         weight: [D], the factor with which each coordinate's entropy enters this loss: 1, N/M for a row of a
             subsampled plate that is in the batch, 0 for one that is not; None where all are 1.
+        minibatch: whether a plate is subsampled, so that the loss is itself a random function from step to step.
     """
 
     aux: Any
-    weight: Array | None
+    weight: Array | None = None
+    minibatch: Any = False
 
 
 Objective = Callable[[Array, tuple[Array | None, ...], Any, Any], tuple[Array, Extras]]

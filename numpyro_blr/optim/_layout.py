@@ -119,9 +119,10 @@ def _probe(svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any]) -> tu
         for name, value in params.items()
         if isinstance(value, jax.Array)
     }
-    # Concrete even where SVI.init itself is being traced by jit or vmap; one compilation and not one an operation.
-    with jax.ensure_compile_time_eval(), block():
-        fed, arrays = jax.jit(run)(probes)
+    # compiled ahead of time, so that the values are concrete even where SVI.init itself is being traced by jit or vmap
+    with block():
+        compiled = jax.jit(run).lower(probes).compile()
+    fed, arrays = compiled(probes)
     return messages, fed, arrays
 
 

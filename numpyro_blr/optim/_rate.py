@@ -5,7 +5,8 @@ One step, given the estimate (g, H) at K antithetic pairs of draws and their los
 1. Inside the noise? With residual r² = gᵀ S⁻¹ g (the natural gradient's Fisher norm) and V its Monte Carlo variance
    from the spread over pairs, a step with r² < 2 V moves by noise and not by progress. The n-th such step caps the
    rate at 2 / (n + 2), which averages the noise away (Robbins & Monro 1951); steps that still make progress do not
-   lower the cap, however many they are.
+   lower the cap, however many they are. All draws of a step share one minibatch, whose noise V does not show: where
+   a plate is subsampled, a natural gradient opposed to the last one counts as well (Pflug 1990).
 2. Propose with rate ρ; evaluate the loss of the proposal *at the same noise*. Accept it unless it is worse by more
    than one standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients.
 3. Accepted at once: ρ ← min(1, 1.7 ρ) for the next step.
@@ -41,15 +42,22 @@ class RateState:
         rate: the rate that the next step tries first.
         noisy_steps: n, steps so far whose residual was inside its own Monte Carlo error.
         rejected: steps so far of which no proposal was accepted.
+        last_gradient: E_q[g] of the step before, [D].
     """
 
     rate: Array
     noisy_steps: Array
     rejected: Array
+    last_gradient: Array
 
 
-def init(dtype: Any) -> RateState:
-    return RateState(rate=jnp.ones((), dtype), noisy_steps=jnp.zeros((), jnp.int32), rejected=jnp.zeros((), jnp.int32))
+def init(loc: Array) -> RateState:
+    return RateState(
+        rate=jnp.ones((), loc.dtype),
+        noisy_steps=jnp.zeros((), jnp.int32),
+        rejected=jnp.zeros((), jnp.int32),
+        last_gradient=jnp.zeros_like(loc),
+    )
 
 
 def search(
@@ -63,7 +71,10 @@ def search(
     Returns:
         the next rate state, the last proposal made, and whether it was accepted.
     """
-    noisy_steps = state.noisy_steps + inside_noise(estimate, precision).astype(jnp.int32)
+    noisy = inside_noise(estimate, precision) | (
+        jnp.asarray(estimate.extras.minibatch) & opposed(estimate, precision, state.last_gradient)
+    )
+    noisy_steps = state.noisy_steps + noisy.astype(jnp.int32)
     first_rate = jnp.minimum(state.rate, 2 / (noisy_steps.astype(state.rate.dtype) + 2))
 
     def attempt(carry):
@@ -81,7 +92,13 @@ def search(
     )
     next_rate = jnp.where(tries == 1, jnp.minimum(1, GROW * rate), rate)
     next_rate = jnp.where(accepted, next_rate, CUT * first_rate).astype(state.rate.dtype)
-    return RateState(next_rate, noisy_steps, state.rejected + (~accepted).astype(jnp.int32)), proposal, accepted
+    next_state = RateState(
+        rate=next_rate,
+        noisy_steps=noisy_steps,
+        rejected=state.rejected + (~accepted).astype(jnp.int32),
+        last_gradient=estimate.gradient,
+    )
+    return next_state, proposal, accepted
 
 
 def inside_noise(estimate: Estimate, precision: Precision) -> Array:
@@ -91,6 +108,11 @@ def inside_noise(estimate: Estimate, precision: Precision) -> Array:
     spread = squared_norm(estimate.pair_gradients - estimate.gradient).sum()
     residual = squared_norm(estimate.gradient[None])[0]
     return residual < NOISE_RATIO * spread / (num_pairs * (num_pairs - 1))
+
+
+def opposed(estimate: Estimate, precision: Precision, last_gradient: Array) -> Array:
+    """gᵀ S⁻¹ g_last < 0: whether this step takes back what the last one did."""
+    return estimate.gradient @ precision.solve(last_gradient) < 0
 
 
 def not_worse(before: Array, after: Array) -> Array:

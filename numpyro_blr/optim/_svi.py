@@ -116,7 +116,7 @@ def objective_of(fn: Callable, layout: Layout, params: Mapping[str, Any]) -> Obj
         redraw = Redraw(layout, draw)
         with redraw:
             loss, aux = fn(values)
-        return loss, Extras(aux, redraw.weight(loc))
+        return loss, Extras(aux, redraw.weight(loc), jnp.asarray(redraw.minibatch))
 
     return objective
 
@@ -134,10 +134,13 @@ class Redraw(Messenger):
         self.draw = draw
         self.plates: dict[str, dict] = {}
         self.weights: dict[str, Any] = {}
+        self.minibatch = False
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "plate":
             self.plates[msg["name"]] = msg
+            size, subsample_size = msg["args"]
+            self.minibatch |= subsample_size is not None and subsample_size < size
         if msg["type"] != "sample" or msg["name"] not in self.sites or msg["value"] is not None:
             return  # in the model the value is there already, replayed from the guide
         site = self.sites[msg["name"]]

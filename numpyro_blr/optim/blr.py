@@ -61,7 +61,7 @@ def init(loc: Array, precision: Precision) -> State:
     return State(
         loc=loc,
         precision=precision,
-        rate=_rate.init(loc.dtype),
+        rate=_rate.init(loc),
         radius=jnp.ones((), loc.dtype),
         skipped=jnp.zeros((), jnp.int32),
     )

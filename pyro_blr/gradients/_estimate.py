@@ -40,10 +40,12 @@ class Extras(NamedTuple):
         aux: nothing in Pyro; the twin package passes the host's mutable state through here.
         weight: [D], the factor with which each coordinate's entropy enters this loss: 1, N/M for a row of a
             subsampled plate that is in the batch, 0 for one that is not; None where all are 1.
+        minibatch: whether a plate is subsampled, so that the loss is itself a random function from step to step.
     """
 
     aux: Any
-    weight: Tensor | None
+    weight: Tensor | None = None
+    minibatch: Any = False
 
 
 Objective = Callable[[Tensor, tuple[Tensor | None, ...], Any, Any], tuple[Tensor, Extras]]

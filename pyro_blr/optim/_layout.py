@@ -152,7 +152,7 @@ class Probe(Messenger):
         name, tensor = msg["name"], msg["value"].unconstrained()
         if id(tensor) not in self.trainable:
             return
-        stored = pyro.get_param_store().get_state()["constraints"]
+        stored = pyro.get_param_store()._constraints  # the public get_state() strips the parameters of what SVI needs
         self.tensors[name] = tensor
         self.constraints[name] = stored.get(name, msg["kwargs"].get("constraint", constraints.real))
         self.constrained[name] = msg["value"]

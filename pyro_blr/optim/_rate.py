@@ -5,7 +5,8 @@ One step, given the estimate (g, H) at K antithetic pairs of draws and their los
 1. Inside the noise? With residual r² = gᵀ S⁻¹ g (the natural gradient's Fisher norm) and V its Monte Carlo variance
    from the spread over pairs, a step with r² < 2 V moves by noise and not by progress. The n-th such step caps the
    rate at 2 / (n + 2), which averages the noise away (Robbins & Monro 1951); steps that still make progress do not
-   lower the cap, however many they are.
+   lower the cap, however many they are. All draws of a step share one minibatch, whose noise V does not show: where
+   a plate is subsampled, a natural gradient opposed to the last one counts as well (Pflug 1990).
 2. Propose with rate ρ; evaluate the loss of the proposal *at the same noise*. Accept it unless it is worse by more
    than one standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients.
 3. Accepted at once: ρ ← min(1, 1.7 ρ) for the next step.
@@ -39,15 +40,17 @@ class RateState:
         rate: the rate that the next step tries first.
         noisy_steps: n, steps so far whose residual was inside its own Monte Carlo error.
         rejected: steps so far of which no proposal was accepted.
+        last_gradient: E_q[g] of the step before, [D].
     """
 
     rate: float
     noisy_steps: int
     rejected: int
+    last_gradient: Tensor
 
 
-def init() -> RateState:
-    return RateState(rate=1.0, noisy_steps=0, rejected=0)
+def init(loc: Tensor) -> RateState:
+    return RateState(rate=1.0, noisy_steps=0, rejected=0, last_gradient=torch.zeros_like(loc))
 
 
 def search(
@@ -61,15 +64,18 @@ def search(
     Returns:
         the next rate state, the last proposal made, and whether it was accepted.
     """
-    noisy_steps = state.noisy_steps + inside_noise(estimate, precision)
+    noisy = inside_noise(estimate, precision) or (
+        estimate.extras.minibatch and opposed(estimate, precision, state.last_gradient)
+    )
+    noisy_steps = state.noisy_steps + noisy
     rate = first_rate = min(state.rate, 2 / (noisy_steps + 2))
     for tries in range(MAX_PROPOSALS):
         rate = rate if tries == 0 else CUT * rate
         proposal, losses = propose(rate)
         if not_worse(estimate.losses, losses):
             next_rate = min(1.0, GROW * rate) if tries == 0 else rate
-            return RateState(next_rate, noisy_steps, state.rejected), proposal, True
-    return RateState(CUT * first_rate, noisy_steps, state.rejected + 1), proposal, False
+            return RateState(next_rate, noisy_steps, state.rejected, estimate.gradient), proposal, True
+    return RateState(CUT * first_rate, noisy_steps, state.rejected + 1, estimate.gradient), proposal, False
 
 
 def inside_noise(estimate: Estimate, precision: Precision) -> bool:
@@ -79,6 +85,11 @@ def inside_noise(estimate: Estimate, precision: Precision) -> bool:
     spread = sum(vector @ precision.solve(vector) for vector in deviations)
     residual = estimate.gradient @ precision.solve(estimate.gradient)
     return bool(residual < NOISE_RATIO * spread / (num_pairs * (num_pairs - 1)))
+
+
+def opposed(estimate: Estimate, precision: Precision, last_gradient: Tensor) -> bool:
+    """gᵀ S⁻¹ g_last < 0: whether this step takes back what the last one did."""
+    return bool(estimate.gradient @ precision.solve(last_gradient) < 0)
 
 
 def not_worse(before: Tensor, after: Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pyro
@@ -129,7 +130,7 @@ def objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout, seed: int)
             except torch.linalg.LinAlgError:
                 # a matrix of the model has no Cholesky factor at this draw; the rule refuses what is not finite
                 loss = torch.nan * sum(value.sum() for value in redraw.values.values())
-        return loss, Extras(None, redraw.weight(loc))
+        return loss, Extras(None, redraw.weight(loc), redraw.minibatch)
 
     return objective
 
@@ -147,7 +148,7 @@ def host_gradients(layout: Layout) -> Objective:
 
     def objective(loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draw: None):
         values = unconstrained(layout, loc, scales)
-        return sum((gradients[name] * value).sum() for name, value in values.items()), Extras(None, None)
+        return sum((gradients[name] * value).sum() for name, value in values.items()), Extras(None)
 
     return objective
 
@@ -168,17 +169,21 @@ class Redraw(Messenger):
         self.generator = torch.Generator(device).manual_seed(seed + 1 + int(draw.number))
         self.indices: dict[str, Tensor] = {}
         self.weights: dict[str, Any] = {}
+        self.minibatch = False
 
     def _pyro_param(self, msg: Any) -> None:
         # a parameter may be used beside its site as well; a module's own nn.Parameter does not pass through here
         if msg["name"] in self.values:
             msg["value"], msg["done"] = self.values[msg["name"]], True
+            # where a plate notes the rows that it took; the parameter itself is not to be written on
+            msg["value"]._pyro_unconstrained_param = SimpleNamespace()
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], _Subsample):
             self.indices[msg["name"]] = msg["value"]
 
     def _pyro_sample(self, msg: Any) -> None:
+        self.minibatch |= bool(subsampled(msg))
         if msg["name"] not in self.sites or msg["done"] or msg["value"] is not None:
             return  # in the model the value is there already, replayed from the guide
         site = self.sites[msg["name"]]

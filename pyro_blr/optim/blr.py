@@ -15,7 +15,7 @@ Paper's symbols: ρ = `learning_rate`, m = `loc`, S = `precision`, τ = `tempera
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro.optim
@@ -55,7 +55,7 @@ class State:
 
 def init(loc: Tensor, precision: Precision) -> State:
     """The state at N(loc, precision⁻¹)."""
-    return State(loc=loc, precision=precision, rate=_rate.init(), radius=1.0, skipped=0)
+    return State(loc=loc, precision=precision, rate=_rate.init(loc), radius=1.0, skipped=0)
 
 
 def step(
@@ -287,7 +287,7 @@ class BLR(pyro.optim.PyroOptim):
             "count": self.state.count,
             "loc": gaussian.loc,
             "precision": field_of(gaussian.precision),
-            "rate": asdict(gaussian.rate),
+            "rate": vars(gaussian.rate).copy(),
             "radius": gaussian.radius,
             "skipped": gaussian.skipped,
             "sites": described(self.state.layout),
