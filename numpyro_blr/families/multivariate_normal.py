@@ -47,7 +47,7 @@ class DensePrecision:
         """S ← (1 − ρ) S + ρ H where that is positive definite.
 
         Elsewhere, with S = L Lᵀ and L⁻¹ H L⁻ᵀ = Q diag(w) Qᵀ: S ← L Q diag((1 − ρ) + ρ |w|) Qᵀ Lᵀ, in which a
-        direction of negative curvature keeps at least a quarter of its precision. Positive definite for every H.
+        direction without positive curvature keeps at least a quarter of its precision. Positive definite for every H.
         """
         straight = (1 - rate) * self.matrix + rate * hessian
         positive = jnp.isfinite(jnp.linalg.cholesky(straight)).all()
@@ -81,7 +81,8 @@ def _reflected(matrix: Array, hessian: Array, rate: Array) -> Array:
     whitened = solve_triangular(factor, half.T, lower=True)
     eigenvalues, vectors = jnp.linalg.eigh((whitened + whitened.T) / 2)
     blended = (1 - rate) + rate * jnp.abs(eigenvalues)
-    blended = jnp.where(eigenvalues < 0, jnp.maximum(blended, 0.25), blended)
+    rounding = len(matrix) * jnp.finfo(matrix.dtype).eps * jnp.abs(eigenvalues).max()
+    blended = jnp.where(eigenvalues > rounding, blended, jnp.maximum(blended, 0.25))
     root = factor @ (vectors * jnp.sqrt(blended))
     return root @ root.T
 

@@ -44,7 +44,7 @@ class DensePrecision:
         """S ← (1 − ρ) S + ρ H where that is positive definite.
 
         Elsewhere, with S = L Lᵀ and L⁻¹ H L⁻ᵀ = Q diag(w) Qᵀ: S ← L Q diag((1 − ρ) + ρ |w|) Qᵀ Lᵀ, in which a
-        direction of negative curvature keeps at least a quarter of its precision. Positive definite for every H.
+        direction without positive curvature keeps at least a quarter of its precision. Positive definite for every H.
         """
         straight = (1 - rate) * self.matrix + rate * hessian
         _, failed = torch.linalg.cholesky_ex(straight)
@@ -86,7 +86,8 @@ def _reflected(matrix: Tensor, hessian: Tensor, rate: float) -> Tensor:
         return whitened  # eigh raises where Cholesky returns NaN
     eigenvalues, vectors = torch.linalg.eigh((whitened + whitened.mT) / 2)
     blended = (1 - rate) + rate * eigenvalues.abs()
-    blended = torch.where(eigenvalues < 0, blended.clamp(min=0.25), blended)
+    rounding = len(matrix) * torch.finfo(matrix.dtype).eps * eigenvalues.abs().max()
+    blended = torch.where(eigenvalues > rounding, blended, blended.clamp(min=0.25))
     root = factor @ (vectors * blended.sqrt())
     return root @ root.mT
 

@@ -74,6 +74,10 @@ class Layout:
         known = {id(tensor) for tensor in (*self.tensors.values(), *self.others.values())}
         return {id(param) for param in params if param.requires_grad} == known
 
+    def same_gaussian(self, other: Layout) -> bool:
+        """Whether both have the same sites on the same tensors."""
+        return self.sites == other.sites and all(self.tensors[name] is other.tensors[name] for name in self.tensors)
+
 
 def recognise(
     svi: SVI, loss: Any, args: tuple, kwargs: dict, params: Iterable[Tensor], *, stock_gradients: bool
@@ -110,8 +114,8 @@ def recognise(
     store = pyro.get_param_store()
     names = {id(tensor): name for name, tensor in (*probe.tensors.items(), *store.named_parameters())}
     others = {
-        names.get(id(param), f"parameter of shape {tuple(param.shape)}"): param
-        for param in params
+        names.get(id(param), f"unnamed parameter {index} of shape {tuple(param.shape)}"): param
+        for index, param in enumerate(params)
         if id(param) not in taken
     }
     layout = Layout(

@@ -97,7 +97,7 @@ def step(
         rate, (loc, precision), moved = _rate.search(state.rate, estimate, state.precision, propose_and_evaluate)
     else:
         rate, (loc, precision) = state.rate, propose(learning_rate)
-        moved = all_finite(loc, *scales_of(precision, blocks, state.radius))
+        moved = all_finite(loc, field_of(precision), *scales_of(precision, blocks, state.radius))
         if not moved:
             return unusable, estimate, False
 
@@ -251,9 +251,13 @@ class BLR(pyro.optim.PyroOptim):
         """One step, from the gradients of `SVI.step` and draws of its own; called by `SVI.step`."""
         params = list(params)
         svi, model_args, model_kwargs = _svi.calling_svi(SVI.step)
-        if self.state is None or not self.state.layout.covers(params):
-            self.state = self.init(svi, model_args, model_kwargs, params)
-        before, layout = self.state.gaussian, self.state.layout
+        state = self.state
+        if state is None or not state.layout.covers(params):
+            fresh = self.init(svi, model_args, model_kwargs, params)
+            # a parameter of the model that appears later does not start the Gaussian anew
+            keep = state is not None and state.layout.same_gaussian(fresh.layout)
+            state = OptState(state.count, state.gaussian, fresh.layout) if state is not None and keep else fresh
+        before, layout = state.gaussian, state.layout
         if self.estimator == "gradient":
             objective, draws = _svi.host_gradients(layout), None
         else:
@@ -266,7 +270,7 @@ class BLR(pyro.optim.PyroOptim):
             None,
             draws,
             self._estimator(before.precision, layout.blocks),
-            self._rate(self.state.count),
+            self._rate(state.count),
         )
         if moved:
             scatter(layout, gaussian.loc, scales_of(gaussian.precision, layout.blocks, 1.0))
@@ -274,7 +278,7 @@ class BLR(pyro.optim.PyroOptim):
         used = gaussian.skipped == before.skipped
         if others and used and all_finite(*(param.grad for param in others)):
             self.others(others)
-        self.state = OptState(count=self.state.count + 1, gaussian=gaussian, layout=layout)
+        self.state = OptState(count=state.count + 1, gaussian=gaussian, layout=layout)
         if not used:
             _svi.report_skipped(self.state.count, gaussian.skipped)
 
