@@ -9,6 +9,9 @@ A Gaussian q(z) = N(z | m, S⁻¹) has natural parameters λ = (S m, −S/2) and
 exact arithmetic, and S m loses the digits of m where S is ill-conditioned. `Precision` is the part that has a
 geometry; a diagonal and a dense matrix differ in the verbs below and in nothing else.
 
+The straight step stays in the domain for every positive semidefinite H and ρ in (0, 1], and then keeps at least
+(1 − ρ) S. Estimates of H are not always semidefinite; a step that would keep less than half of that is corrected.
+
 One precision over all coordinates serves every guide. A mean-field guide reads its diagonal, a full-rank guide all
 of it, a guide of several blocks the blocks: E_q[H] restricted to a block is that block's fixed point. Off-diagonal
 entries that a guide does not read still precondition its mean, which moves no fixed point (E[g] = 0) and spares the
@@ -68,7 +71,7 @@ class Precision(Protocol):
         ...
 
     def blend(self, hessian: Array, rate: Array) -> Precision:
-        """(1 − ρ) S + ρ H where that is positive definite, otherwise the nearest safe step (see the classes)."""
+        """(1 − ρ) S + ρ H, or with the negative curvature of H reflected where that would take too much of S."""
         ...
 
     def solve(self, vector: Array) -> Array:

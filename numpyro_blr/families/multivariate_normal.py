@@ -44,13 +44,14 @@ class DensePrecision:
         return cls(jax.scipy.linalg.block_diag(*parts))
 
     def blend(self, hessian: Array, rate: Array) -> DensePrecision:
-        """S ← (1 − ρ) S + ρ H where that is positive definite.
+        """S ← (1 − ρ) S + ρ H wherever that keeps more than (1 − ρ) S / 2, as it does for every H ≥ 0.
 
         Elsewhere, with S = L Lᵀ and L⁻¹ H L⁻ᵀ = Q diag(w) Qᵀ: S ← L Q diag((1 − ρ) + ρ |w|) Qᵀ Lᵀ, in which a
         direction without positive curvature keeps at least a quarter of its precision. Positive definite for every H.
         """
         straight = (1 - rate) * self.matrix + rate * hessian
-        positive = jnp.isfinite(jnp.linalg.cholesky(straight)).all()
+        margin = straight - (1 - rate) / 2 * self.matrix
+        positive = jnp.isfinite(jnp.linalg.cholesky(margin)).all()
         return DensePrecision(jax.lax.cond(positive, lambda: straight, lambda: _reflected(self.matrix, hessian, rate)))
 
     def solve(self, vector: Array) -> Array:

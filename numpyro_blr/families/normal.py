@@ -34,10 +34,13 @@ class DiagonalPrecision:
         return cls(jnp.concatenate(parts))
 
     def blend(self, hessian: Array, rate: Array) -> DiagonalPrecision:
-        """s ← (1 − ρ) s + ρ h where positive; elsewhere h is reflected, (1 − ρ) s + ρ |h|, and s at most quartered."""
+        """s ← (1 − ρ) s + ρ h wherever that keeps more than (1 − ρ) s / 2, as it does for every h ≥ 0.
+
+        Elsewhere h is reflected: s ← (1 − ρ) s + ρ |h|, at least s / 4. Positive for every h.
+        """
         straight = (1 - rate) * self.diagonal + rate * hessian
         reflected = jnp.maximum((1 - rate) * self.diagonal + rate * jnp.abs(hessian), self.diagonal / 4)
-        return DiagonalPrecision(jnp.where(straight > 0, straight, reflected))
+        return DiagonalPrecision(jnp.where(straight > (1 - rate) / 2 * self.diagonal, straight, reflected))
 
     def solve(self, vector: Array) -> Array:
         return vector / self.diagonal

@@ -41,13 +41,13 @@ class DensePrecision:
         return cls(torch.block_diag(*parts))
 
     def blend(self, hessian: Tensor, rate: float) -> DensePrecision:
-        """S ← (1 − ρ) S + ρ H where that is positive definite.
+        """S ← (1 − ρ) S + ρ H wherever that keeps more than (1 − ρ) S / 2, as it does for every H ≥ 0.
 
         Elsewhere, with S = L Lᵀ and L⁻¹ H L⁻ᵀ = Q diag(w) Qᵀ: S ← L Q diag((1 − ρ) + ρ |w|) Qᵀ Lᵀ, in which a
         direction without positive curvature keeps at least a quarter of its precision. Positive definite for every H.
         """
         straight = (1 - rate) * self.matrix + rate * hessian
-        _, failed = torch.linalg.cholesky_ex(straight)
+        _, failed = torch.linalg.cholesky_ex(straight - (1 - rate) / 2 * self.matrix)
         return DensePrecision(_reflected(self.matrix, hessian, rate) if failed else straight)
 
     def solve(self, vector: Tensor) -> Tensor:

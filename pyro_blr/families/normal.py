@@ -32,10 +32,13 @@ class DiagonalPrecision:
         return cls(torch.cat(parts))
 
     def blend(self, hessian: Tensor, rate: float) -> DiagonalPrecision:
-        """s ← (1 − ρ) s + ρ h where positive; elsewhere h is reflected, (1 − ρ) s + ρ |h|, and s at most quartered."""
+        """s ← (1 − ρ) s + ρ h wherever that keeps more than (1 − ρ) s / 2, as it does for every h ≥ 0.
+
+        Elsewhere h is reflected: s ← (1 − ρ) s + ρ |h|, at least s / 4. Positive for every h.
+        """
         straight = (1 - rate) * self.diagonal + rate * hessian
         reflected = torch.maximum((1 - rate) * self.diagonal + rate * hessian.abs(), self.diagonal / 4)
-        return DiagonalPrecision(torch.where(straight > 0, straight, reflected))
+        return DiagonalPrecision(torch.where(straight > (1 - rate) / 2 * self.diagonal, straight, reflected))
 
     def solve(self, vector: Tensor) -> Tensor:
         return vector / self.diagonal
