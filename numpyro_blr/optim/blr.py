@@ -254,12 +254,12 @@ class BLR(numpyro.optim._NumPyroOptim):
             return init(loc, family.from_scales(layout.blocks, scales, UNLEARNED_SCALE, like=loc))
 
         state = OptState(
-            params=dict(params),
+            params=jax.tree.map(jnp.copy, dict(params)),  # no buffer twice, so that the state can be donated
             gaussian=start(dict(params)),
             others=self.others.init({name: params[name] for name in layout.others}),
             layout=layout,
         )
-        return jnp.zeros((), jnp.int32), state
+        return jnp.zeros((), int), state
 
     def get_params(self, state: tuple[Array, OptState]) -> dict[str, Any]:
         """The unconstrained parameters; reports steps that were skipped, where the state is not being traced."""

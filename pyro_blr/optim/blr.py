@@ -114,12 +114,13 @@ def scales_of(precision: Precision, blocks: tuple[Block, ...], radius: float) ->
     )
 
 
-@torch.no_grad()
 def losses_at(objective: Objective, loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draws: Any) -> Tensor:
     """L at every draw, [S]; NaN where the proposal itself is not finite."""
     if not all_finite(loc, *scales):
         return torch.full((len(draws.number),), torch.nan, dtype=loc.dtype, device=loc.device)
-    return torch.stack([objective(loc, scales, others, draw)[0] for draw in each_draw(draws)])
+    location = loc.detach().requires_grad_()  # TraceEnum_ELBO refuses a loss that cannot be differentiated
+    with torch.enable_grad():
+        return torch.stack([objective(location, scales, others, draw)[0].detach() for draw in each_draw(draws)])
 
 
 def completed(estimate: Estimate, precision: Precision) -> Estimate:
@@ -262,7 +263,7 @@ class BLR(pyro.optim.PyroOptim):
             objective, draws = _svi.host_gradients(layout), None
         else:
             seed = int(torch.randint(2**62, ()))
-            objective, draws = _svi.objective_of(svi, model_args, model_kwargs, layout, seed), self._draws(before)
+            objective, draws = _svi.objective_of(svi, model_args, model_kwargs, layout, seed), self._draws(before, seed)
         gaussian, _, moved = step(
             before,
             tempered(objective, layout.blocks, self.temperature),
@@ -333,11 +334,14 @@ class BLR(pyro.optim.PyroOptim):
             ),
         )
 
-    def _draws(self, gaussian: State) -> Draws:
+    def _draws(self, gaussian: State, seed: int) -> Draws:
         num_pairs, loc = self.num_draws // 2, gaussian.loc
         probes = None
         if isinstance(gaussian.precision, DiagonalPrecision):
-            probes = torch.randint(2, (self.num_draws, len(loc)), device=loc.device).to(loc.dtype) * 2 - 1
+            # a generator of their own, beside those of the draws: the host's random state does not depend on them
+            generator = torch.Generator(loc.device).manual_seed(seed + 1 + self.num_draws)
+            signs = torch.randint(2, (self.num_draws, len(loc)), generator=generator, device=loc.device)
+            probes = signs.to(loc.dtype) * 2 - 1
         return Draws(number=2 * list(range(num_pairs)), sign=[1.0] * num_pairs + [-1.0] * num_pairs, probes=probes)
 
     def _estimator(self, precision: Precision, blocks: tuple[Block, ...]) -> Callable[..., Estimate]:

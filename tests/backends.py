@@ -1,0 +1,527 @@
+"""The bridge: what the shared tests need of a framework and of its host, under the same names.
+
+A test is written once and asks its `backend` for arrays, an objective, a step, a stock fit. Frameworks are imported
+only when their bridge is built, so that each can be tested where the other is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import cached_property
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+
+from . import reference
+from .cases import FIXED_SCALE, Part
+
+__all__ = ["BRIDGES", "Bridge", "NumPyroBridge", "PyroBridge"]
+
+
+class Bridge:
+    """What is the same for both: everything that can be said in their common dialect of array functions."""
+
+    name: str
+    package: str
+    xp: Any  # the module of array functions
+    host: SimpleNamespace  # what models and guides are written in
+    fit_class: type
+
+    def module(self, path: str) -> Any:
+        return import_module(f"{self.package}.{path}")
+
+    def argument(self, value: Any) -> Any:
+        """A model's argument: floats in double precision, booleans and integers as they are."""
+        if value is None:
+            return None
+        value = np.asarray(value)
+        return self.array(value, "float64" if value.dtype.kind == "f" else str(value.dtype))
+
+    @cached_property
+    def families(self) -> Any:
+        return self.module("families")
+
+    @cached_property
+    def gradients(self) -> Any:
+        return self.module("gradients")
+
+    @cached_property
+    def blr(self) -> Any:
+        return self.module("optim.blr")
+
+    @property
+    def BLR(self) -> Any:
+        return import_module(self.package).BLR
+
+    def blocks(self, parts: Sequence[Part]) -> tuple:
+        return tuple(self.families.Block(part.start, part.shape, part.structure) for part in parts)
+
+    def precision(self, value: np.ndarray) -> Any:
+        """S from a matrix, or from the vector of its diagonal."""
+        family = self.families.DensePrecision if value.ndim == 2 else self.families.DiagonalPrecision
+        return family(self.array(value))
+
+    def precision_array(self, precision: Any) -> np.ndarray:
+        """The matrix, or the diagonal."""
+        (field,) = fields(precision)
+        return self.to_numpy(getattr(precision, field.name))
+
+    def from_scales(self, parts: Sequence[Part], scales: tuple, unlearned: float, dense: bool) -> Any:
+        family = self.families.DensePrecision if dense else self.families.DiagonalPrecision
+        return family.from_scales(self.blocks(parts), scales, unlearned, like=self.array(0.0))
+
+    @cached_property
+    def _blend(self) -> Callable:
+        return self.compiled(lambda precision, hessian, rate: precision.blend(hessian, rate))
+
+    def compiled_blend(self) -> Callable:
+        """`blend` on NumPy arrays (S, H) and a rate, compiled once for all tests."""
+
+        def blend(value: np.ndarray, hessian: np.ndarray, rate: float) -> np.ndarray:
+            return self.precision_array(self._blend(self.precision(value), self.array(hessian), self.rate(rate)))
+
+        return blend
+
+    def state(self, state: reference.State) -> Any:
+        """The package's own state with the numbers of the reference's."""
+        made = self.blr.init(self.array(state.loc), self.precision(state.precision))
+        rate = replace(
+            made.rate,
+            rate=self.scalar(state.rate, made.rate.rate),
+            noisy_steps=self.scalar(state.noisy_steps, made.rate.noisy_steps),
+            rejected=self.scalar(state.rejected, made.rate.rejected),
+        )
+        if state.last_gradient is not None:
+            rate = replace(rate, last_gradient=self.array(state.last_gradient))
+        return replace(
+            made,
+            rate=rate,
+            radius=self.scalar(state.radius, made.radius),
+            skipped=self.scalar(state.skipped, made.skipped),
+        )
+
+    def as_reference(self, state: Any) -> reference.State:
+        return reference.State(
+            loc=self.to_numpy(state.loc),
+            precision=self.precision_array(state.precision),
+            rate=float(state.rate.rate),
+            noisy_steps=int(state.rate.noisy_steps),
+            rejected=int(state.rate.rejected),
+            last_gradient=self.to_numpy(state.rate.last_gradient),
+            radius=float(state.radius),
+            skipped=int(state.skipped),
+        )
+
+    def objective(
+        self, problem: Any, parts: Sequence[Part], noise: Any, weight: Any = None, minibatch: bool = False
+    ) -> Callable:
+        """L(m, C; ε) = ℓ(m + C ε) − log |C| with the given ε, as the packages define an objective.
+
+        Args:
+            noise: [K, D] in the backend's arrays; draw k is row k times its sign, the host's own draw is row 0.
+            weight: [D], with which each coordinate's entropy enters the loss; reported along with it.
+            minibatch: reported as well.
+        """
+        xp = self.xp
+
+        def evaluate(loc, scales, others, draw):
+            epsilon = noise[0] if draw is None else noise[draw.number] * draw.sign
+            values, entropy = [], 0.0
+            for part, scale in zip(parts, scales, strict=True):
+                here = slice(part.start, part.start + part.size)
+                mean, eps, times = loc[here], epsilon[here], 1.0 if weight is None else weight[here]
+                if part.structure == "dense":
+                    values.append(mean + (scale @ eps.reshape(*part.shape, 1)).reshape(-1))
+                    entropy = entropy + (times * xp.log(xp.einsum("...ii->...i", scale)).reshape(-1)).sum()
+                elif part.structure == "diagonal":
+                    values.append(mean + scale.reshape(-1) * eps)
+                    entropy = entropy + (times * xp.log(scale).reshape(-1)).sum()
+                else:
+                    values.append(mean + (FIXED_SCALE if part.structure == "fixed" else 0.0) * eps)
+            extras = self.gradients.Extras(aux=None, weight=weight, minibatch=self.flag(minibatch))
+            return problem.loss(self, xp.concatenate(values)) - entropy, extras
+
+        return evaluate
+
+    def stepper(
+        self,
+        problem: Any,
+        parts: Sequence[Part],
+        estimator: Callable,
+        learning_rate: float | None,
+        *,
+        weight: np.ndarray | None = None,
+        minibatch: bool = False,
+        temperature: float = 1.0,
+    ) -> Callable:
+        """(state, noise [K, D], probes [2 K, D] or None) -> (state, estimate, moved), compiled where that exists."""
+        blocks = self.blocks(parts)
+        weight = None if weight is None else self.array(weight)
+
+        def step(state, noise, probes):
+            objective = self.blr.tempered(self.objective(problem, parts, noise, weight, minibatch), blocks, temperature)
+            draws = self.draws(len(noise), probes)
+            return self.blr.step(state, objective, blocks, None, draws, estimator, self.rate(learning_rate))
+
+        compiled = self.compiled(step)
+        return lambda state, noise, probes=None: compiled(
+            state, self.array(noise), None if probes is None else self.array(probes)
+        )
+
+    def scales(self, precision: np.ndarray, parts: Sequence[Part]) -> tuple:
+        """C_b of every part that has one of its own."""
+        return self.blr.scales_of(self.precision(precision), self.blocks(parts), 1.0)
+
+    def first_order(self, parts: Sequence[Part], dense: bool) -> Callable:
+        """The estimator of the stock gradient, as `BLR(estimator="gradient")` calls it."""
+        blocks = self.blocks(parts)
+        return lambda objective, loc, scales, others, _: self.gradients.reparameterized(
+            objective, loc, scales, others, blocks, dense=dense
+        )
+
+    def start(
+        self, make_model: Callable, make_guide: Callable, args: tuple, *, loss: Any = None, **options: Any
+    ) -> Any:
+        """A fit by the stock SVI with `BLR(**options)` from seed 0, before its first step.
+
+        Args:
+            make_model, make_guide: host -> model, (host, model) -> guide.
+            args: of the model, in NumPy.
+        """
+        return self.fit_class(self, make_model, make_guide, args, loss or self.loss(), options)
+
+
+class NumPyroBridge(Bridge):
+    name, package = "numpyro", "numpyro_blr"
+
+    def __init__(self) -> None:
+        import jax
+        import numpyro
+
+        numpyro.enable_x64()
+        jax.config.update("jax_numpy_dtype_promotion", "strict")
+        jax.config.update("jax_disable_most_optimizations", True)  # programs run a few times: compiling is the cost
+        self.jax, self.numpyro, self.xp = jax, numpyro, jax.numpy
+        self.host = SimpleNamespace(
+            sample=numpyro.sample,
+            param=numpyro.param,
+            plate=numpyro.plate,
+            deterministic=numpyro.deterministic,
+            mask=lambda mask: numpyro.handlers.mask(mask=mask),
+            scale=lambda scale: numpyro.handlers.scale(scale=scale),
+            block=numpyro.handlers.block,
+            dist=numpyro.distributions,
+            constraints=numpyro.distributions.constraints,
+            lower_cholesky=numpyro.distributions.constraints.lower_cholesky,
+            array=self.array,
+            integer=lambda value: self.xp.asarray(value),
+            xp=self.xp,
+            autoguide=numpyro.infer.autoguide,
+            init_to_value=lambda values: numpyro.infer.init_to_value(
+                values={name: self.array(value) for name, value in values.items()}
+            ),
+        )
+
+    def reset(self, seed: int) -> None:
+        """Nothing is global here."""
+
+    def array(self, value: Any, dtype: str = "float64") -> Any:
+        return self.xp.asarray(value, dtype)
+
+    def to_numpy(self, value: Any) -> np.ndarray:
+        return np.asarray(value)
+
+    def scalar(self, value: float, like: Any) -> Any:
+        return self.xp.asarray(value, like.dtype)
+
+    def flag(self, value: bool) -> Any:
+        return self.xp.asarray(value)
+
+    def rate(self, learning_rate: float | None, dtype: str = "float64") -> Any:
+        return None if learning_rate is None else self.array(learning_rate, dtype)
+
+    def compiled(self, fn: Callable) -> Callable:
+        return self.jax.jit(fn)
+
+    def map(self, fn: Callable, *stacks: np.ndarray) -> np.ndarray:
+        """fn at each row of the stacks."""
+        return self.to_numpy(self.jax.jit(self.jax.vmap(fn))(*map(self.array, stacks)))
+
+    def draws(self, num_pairs: int, probes: Any = None, dtype: str = "float64") -> Any:
+        sign = self.xp.repeat(self.array([1.0, -1.0], dtype), num_pairs)
+        return self.gradients.Draws(self.xp.tile(self.xp.arange(num_pairs), 2), sign, probes)
+
+    def loss(self, kind: str = "Trace_ELBO", num_particles: int = 1, vectorized: bool = True) -> Any:
+        return getattr(self.numpyro.infer, kind)(num_particles=num_particles, vectorize_particles=vectorized)
+
+    def schedule(self, fn: Callable) -> Callable:
+        """A function of the step; strict promotion wants its arithmetic in one dtype."""
+        return lambda count: fn(self.array(count))
+
+    def gradient_descent(self, rate: float) -> Any:
+        """A host optimizer for `others`."""
+        return self.numpyro.optim.SGD(rate)
+
+    def same_noise(self, monkeypatch: Any, noise: Callable) -> None:
+        """ε of a site becomes noise(array module, shape of the site, number of the draw)."""
+        monkeypatch.setattr(
+            self.module("optim._svi"),
+            "standard_normal",
+            lambda rng_key, number, shape, dtype: noise(self.xp, shape, number.astype(dtype)),
+        )
+
+
+class NumPyroFit:
+    """The stock SVI, a step at a time."""
+
+    def __init__(self, bridge: NumPyroBridge, make_model, make_guide, args, loss, options) -> None:
+        self.bridge, self.losses = bridge, []
+        self.args = tuple(map(bridge.argument, args))
+        self.model = make_model(bridge.host)
+        self.guide = make_guide(bridge.host, self.model)
+        self.svi = bridge.numpyro.infer.SVI(self.model, self.guide, bridge.BLR(**options), loss)
+        self.update = bridge.jax.jit(self.svi.update)
+        self.again(seed=0)
+
+    def again(self, seed: int) -> NumPyroFit:
+        """Start anew from another seed, with what is compiled."""
+        self.state = self.svi.init(self.bridge.jax.random.key(seed), *self.args)
+        return self
+
+    def run(self, num_steps: int) -> NumPyroFit:
+        for _ in range(num_steps):
+            self.state, loss = self.update(self.state, *self.args)
+            self.losses.append(float(loss))
+        return self
+
+    @property
+    def skipped(self) -> int:
+        return int(self.state.optim_state[1].gaussian.skipped)
+
+    @property
+    def params(self) -> dict[str, np.ndarray]:
+        return numpy_dict(self._params, np.asarray)
+
+    @property
+    def _params(self) -> dict[str, Any]:
+        return self.svi.get_params(self.state)
+
+    def param_names(self, *sites: str) -> list[str]:
+        """Of an AutoNormal: (loc, scale) for each site in turn."""
+        return [f"{site}_auto_{kind}" for site in sites for kind in ("loc", "scale")]
+
+    def gaussians(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """(loc, covariance) of every Gaussian that the guide draws from, by site."""
+        handlers = self.bridge.numpyro.handlers
+        guide = handlers.substitute(handlers.seed(self.guide, 0), self._params)
+        return gaussians_of(handlers.trace(guide).get_trace(*self.args), np.asarray)
+
+    def median(self) -> dict[str, np.ndarray]:
+        return numpy_dict(self.guide.median(self._params), np.asarray)
+
+    def quantiles(self, levels: Sequence[float]) -> dict[str, np.ndarray]:
+        return numpy_dict(self.guide.quantiles(self._params, self.bridge.array(levels)), np.asarray)
+
+    def posterior(self) -> Any:
+        """What the guide's own `get_posterior` returns."""
+        return self.guide.get_posterior(self._params)
+
+    def draws(self, num_draws: int) -> dict[str, np.ndarray]:
+        """Of the latents, by the guide."""
+        key = self.bridge.jax.random.key(1)
+        return numpy_dict(self.guide.sample_posterior(key, self._params, sample_shape=(num_draws,)), np.asarray)
+
+    def predictive(self, num_draws: int, *args: Any) -> dict[str, np.ndarray]:
+        """Of the model's sites, with the latents drawn by the guide."""
+        predictive = self.bridge.numpyro.infer.Predictive(
+            self.model, guide=self.guide, params=self._params, num_samples=num_draws
+        )
+        return numpy_dict(predictive(self.bridge.jax.random.key(2), *map(self.bridge.argument, args)), np.asarray)
+
+
+class PyroBridge(Bridge):
+    name, package = "pyro", "pyro_blr"
+
+    def __init__(self) -> None:
+        import pyro
+        import pyro.infer.autoguide
+        import pyro.optim
+        import torch
+
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(1)
+        pyro.enable_validation(True)
+        self.torch, self.pyro, self.xp = torch, pyro, torch
+        self.host = SimpleNamespace(
+            sample=pyro.sample,
+            param=pyro.param,
+            plate=pyro.plate,
+            deterministic=pyro.deterministic,
+            mask=lambda mask: pyro.poutine.mask(mask=mask),
+            scale=lambda scale: pyro.poutine.scale(scale=scale),
+            block=pyro.poutine.block,
+            dist=pyro.distributions,
+            constraints=pyro.distributions.constraints,
+            lower_cholesky=pyro.distributions.constraints.lower_cholesky,
+            array=self.array,
+            integer=lambda value: self.xp.asarray(value),
+            xp=self.xp,
+            autoguide=pyro.infer.autoguide,
+            init_to_value=lambda values: pyro.infer.autoguide.init_to_value(
+                values={name: self.array(value) for name, value in values.items()}
+            ),
+        )
+
+    def reset(self, seed: int) -> None:
+        self.pyro.clear_param_store()
+        self.pyro.set_rng_seed(seed)
+
+    def array(self, value: Any, dtype: str = "float64") -> Any:
+        return self.torch.as_tensor(np.array(value), dtype=getattr(self.torch, dtype))
+
+    def to_numpy(self, value: Any) -> np.ndarray:
+        return value.detach().numpy()
+
+    def scalar(self, value: float, like: Any) -> Any:
+        return type(like)(value)
+
+    def flag(self, value: bool) -> Any:
+        return value
+
+    def rate(self, learning_rate: float | None, dtype: str = "float64") -> Any:
+        return learning_rate
+
+    def compiled(self, fn: Callable) -> Callable:
+        return fn
+
+    def map(self, fn: Callable, *stacks: np.ndarray) -> np.ndarray:
+        rows = zip(*map(self.array, stacks), strict=True)
+        return np.stack([self.to_numpy(fn(*row)) for row in rows])
+
+    def draws(self, num_pairs: int, probes: Any = None, dtype: str = "float64") -> Any:
+        return self.gradients.Draws(2 * list(range(num_pairs)), [1.0] * num_pairs + [-1.0] * num_pairs, probes)
+
+    def loss(self, kind: str = "Trace_ELBO", num_particles: int = 1, vectorized: bool = True) -> Any:
+        return getattr(self.pyro.infer, kind)(
+            num_particles=num_particles, vectorize_particles=vectorized and num_particles > 1, max_plate_nesting=2
+        )
+
+    def schedule(self, fn: Callable) -> Callable:
+        """A function of the step."""
+        return fn
+
+    def gradient_descent(self, rate: float) -> Any:
+        """A host optimizer for `others`."""
+        return self.pyro.optim.SGD({"lr": rate})
+
+    def same_noise(self, monkeypatch: Any, noise: Callable) -> None:
+        monkeypatch.setattr(
+            self.module("optim._svi"),
+            "standard_normal",
+            lambda generator, number, shape, like: noise(self.xp, tuple(shape), float(number)),
+        )
+
+
+class PyroFit:
+    """The stock SVI, a step at a time."""
+
+    def __init__(self, bridge: PyroBridge, make_model, make_guide, args, loss, options) -> None:
+        self.bridge, self.losses, self.loss, self.options = bridge, [], loss, options
+        self.args = tuple(map(bridge.argument, args))
+        self.model, self.make_guide = make_model(bridge.host), make_guide
+        self.again(seed=0)
+
+    def again(self, seed: int) -> PyroFit:
+        """Start anew from another seed."""
+        self.bridge.reset(seed)
+        self.guide = self.make_guide(self.bridge.host, self.model)
+        self.guide(*self.args)  # makes its parameters
+        self.svi = self.bridge.pyro.infer.SVI(self.model, self.guide, self.bridge.BLR(**self.options), self.loss)
+        return self
+
+    def run(self, num_steps: int) -> PyroFit:
+        for _ in range(num_steps):
+            self.losses.append(self.svi.step(*self.args))
+        return self
+
+    @property
+    def skipped(self) -> int:
+        return self.svi.optim.state.gaussian.skipped
+
+    def local_names(self) -> list[str]:
+        """Names of the parameters (location, scale) of a guide with one site."""
+        return sorted(self.params)
+
+    @property
+    def params(self) -> dict[str, np.ndarray]:
+        return numpy_dict(dict(self.bridge.pyro.get_param_store()), self._copied)
+
+    def _copied(self, value: Any) -> np.ndarray:
+        return self.bridge.to_numpy(value).copy()  # Pyro moves its parameters in place
+
+    def param_names(self, *sites: str) -> list[str]:
+        """Of an AutoNormal: (loc, scale) for each site in turn."""
+        return [f"AutoNormal.{kind}.{site}" for site in sites for kind in ("locs", "scales")]
+
+    def gaussians(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """(loc, covariance) of every Gaussian that the guide draws from, by site."""
+        return gaussians_of(self.bridge.pyro.poutine.trace(self.guide).get_trace(*self.args).nodes, self._copied)
+
+    def median(self) -> dict[str, np.ndarray]:
+        return numpy_dict(self.guide.median(*self.args), self._copied)
+
+    def quantiles(self, levels: Sequence[float]) -> dict[str, np.ndarray]:
+        return numpy_dict(self.guide.quantiles(levels, *self.args), self._copied)
+
+    def posterior(self) -> Any:
+        """What the guide's own `get_posterior` returns."""
+        return self.guide.get_posterior()
+
+    def draws(self, num_draws: int) -> dict[str, np.ndarray]:
+        """Of the latents, by the guide."""
+        self.bridge.pyro.set_rng_seed(1)
+        predictive = self.bridge.pyro.infer.Predictive(self.guide, num_samples=num_draws)
+        return numpy_dict(predictive(*self.args), self._copied)
+
+    def predictive(self, num_draws: int, *args: Any) -> dict[str, np.ndarray]:
+        """Of the model's sites, with the latents drawn by the guide."""
+        self.bridge.pyro.set_rng_seed(2)
+        predictive = self.bridge.pyro.infer.Predictive(self.model, guide=self.guide, num_samples=num_draws)
+        return numpy_dict(predictive(*map(self.bridge.argument, args)), self._copied)
+
+
+NumPyroBridge.fit_class, PyroBridge.fit_class = NumPyroFit, PyroFit
+BRIDGES = {"numpyro": NumPyroBridge, "pyro": PyroBridge}
+
+
+def numpy_dict(values: dict[str, Any], to_numpy: Callable) -> dict[str, np.ndarray]:
+    return {name: to_numpy(value) for name, value in values.items()}
+
+
+def gaussians_of(trace: dict[str, Any], to_numpy: Callable) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The Gaussian sites of a guide's trace; a guide without any is a point, and its Deltas are taken.
+
+    Stock guides draw some latents in auxiliary sites, from which the model's sites follow as Deltas.
+    """
+    kinds: dict[bool, dict] = {True: {}, False: {}}
+    for name, site in trace.items():
+        if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
+            continue
+        fn = site["fn"]
+        while hasattr(fn, "base_dist") and not hasattr(fn, "scale_tril"):
+            fn = fn.base_dist
+        if hasattr(fn, "v"):
+            loc = to_numpy(fn.v).ravel()
+            kinds[False][name] = (loc, np.zeros((loc.size, loc.size)))
+        elif hasattr(fn, "scale_tril"):
+            factors = to_numpy(fn.scale_tril).reshape(-1, *fn.scale_tril.shape[-2:])
+            covariances = [factor @ factor.T for factor in factors]
+            kinds[True][name] = (to_numpy(fn.loc).ravel(), scipy.linalg.block_diag(*covariances))
+        else:
+            loc, scale = np.broadcast_arrays(to_numpy(fn.loc), to_numpy(fn.scale))
+            kinds[True][name] = (loc.ravel(), np.diag(scale.ravel() ** 2))
+    return kinds[True] or kinds[False]

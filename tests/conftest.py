@@ -1,0 +1,66 @@
+"""Fixtures of the shared tests. Every test runs on each framework that is installed, with the strict modes on."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy is loaded: the problems are small, the workers several
+
+import functools
+import importlib.util
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+from .backends import BRIDGES, Bridge
+
+FRAMEWORKS = {"numpyro": ("jax", "numpyro"), "pyro": ("torch", "pyro")}
+
+# The same examples at every run; the first example compiles, and the bridge holds no state that an example changes.
+settings.register_profile(
+    "tests", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+)
+settings.load_profile("tests")
+
+
+@functools.cache
+def bridge(name: str) -> Bridge:
+    """The bridge to a framework; skips the test where the framework is not installed."""
+    missing = [module for module in FRAMEWORKS[name] if importlib.util.find_spec(module) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed")
+    return BRIDGES[name]()
+
+
+@pytest.fixture(params=list(BRIDGES))
+def backend(request: pytest.FixtureRequest) -> Bridge:
+    made = bridge(request.param)
+    made.reset(seed=0)
+    return made
+
+
+@pytest.fixture
+def both() -> tuple[Bridge, Bridge]:
+    """(NumPyro's bridge, Pyro's) for tests of their agreement."""
+    bridges = tuple(bridge(name) for name in BRIDGES)
+    for made in bridges:
+        made.reset(seed=0)
+    return bridges
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def numpyro_bridge() -> Bridge:
+    return bridge("numpyro")
+
+
+@pytest.fixture
+def pyro_bridge() -> Bridge:
+    made = bridge("pyro")
+    made.reset(seed=0)
+    return made

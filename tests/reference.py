@@ -1,0 +1,285 @@
+"""The mathematics in plain NumPy, written from the definitions: slow, obvious, and independent of both packages.
+
+Matrices are formed, inverted and decomposed as the equations say; no triangular solves, no batching, no autodiff. The
+derivatives of the problems in `cases.py` are written by hand. A `part` is a block of coordinates (`cases.Part`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import scipy.linalg
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Gaussian's coordinates
+
+
+def natural_of(loc: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """λ = (S m, −S/2)."""
+    precision = np.linalg.inv(covariance)
+    return precision @ loc, -precision / 2
+
+
+def moments_of_natural(natural: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(m, Σ) of λ."""
+    linear, quadratic = natural
+    covariance = np.linalg.inv(-2 * quadratic)
+    return covariance @ linear, covariance
+
+
+def expectation_of(loc: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """μ = E_q[T(z)] = (m, Σ + m mᵀ) of the sufficient statistics T(z) = (z, z zᵀ)."""
+    return loc, covariance + np.outer(loc, loc)
+
+
+def natural_gradient(loc: np.ndarray, gradient: np.ndarray, hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """∇_μ E_q[ℓ] from E_q[g] (Bonnet) and E_q[H] (Price): the chain rule through Σ = μ₂ − μ₁ μ₁ᵀ."""
+    return gradient - hessian @ loc, hessian / 2
+
+
+def natural_step(natural: tuple, gradient: tuple, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """λ ← (1 − ρ) λ − ρ ∇_μ E_q[ℓ]."""
+    return tuple((1 - rate) * value - rate * slope for value, slope in zip(natural, gradient, strict=True))
+
+
+def moment_step(
+    loc: np.ndarray, precision: np.ndarray, gradient: np.ndarray, hessian: np.ndarray, rate: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same in (m, S): S ← (1 − ρ) S + ρ E[H], m ← m − ρ S_new⁻¹ E[g]."""
+    precision = (1 - rate) * precision + rate * hessian
+    return loc - rate * np.linalg.inv(precision) @ gradient, precision
+
+
+def expectation(fn: Callable[[np.ndarray], np.ndarray], loc: np.ndarray, covariance: np.ndarray, num_nodes: int = 24):
+    """E_q[fn(z)] by a tensor product of Gauss-Hermite rules."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
+    factor = np.linalg.cholesky(covariance)
+    grid = np.stack(np.meshgrid(*[nodes] * len(loc), indexing="ij"), -1).reshape(-1, len(loc))
+    mass = np.stack(np.meshgrid(*[weights / weights.sum()] * len(loc), indexing="ij"), -1).reshape(-1, len(loc))
+    return sum(w * fn(loc + factor @ node) for w, node in zip(mass.prod(-1), grid, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Posteriors
+
+
+def linear_gaussian(rows: np.ndarray, targets: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(m, Σ) of p(z) ∝ Π_i N(targets_i | rows_iᵀ z, scales_i): least squares on all factors, the prior's among them.
+
+    By QR of the whitened rows with columns brought to length one, which loses no digits to the units of z.
+    """
+    whitened = rows / scales[:, None]
+    units = np.linalg.norm(whitened, axis=0)
+    orthogonal, upper = np.linalg.qr(whitened / units)
+    loc = scipy.linalg.solve_triangular(upper, orthogonal.T @ (targets / scales)) / units
+    root = scipy.linalg.solve_triangular(upper, np.eye(len(units))) / units[:, None]
+    return loc, root @ root.T
+
+
+def best_in_structure(covariance: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndarray:
+    """Covariance of the best Gaussian that is independent between `groups`: each group keeps its own block of S."""
+    precision = np.linalg.inv(covariance)
+    best = np.zeros_like(covariance)
+    for group in groups:
+        best[np.ix_(group, group)] = np.linalg.inv(precision[np.ix_(group, group)])
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The safe step
+
+
+def safe_precision(precision: np.ndarray, hessian: np.ndarray, rate: float) -> np.ndarray:
+    """(1 − ρ) S + ρ H, or the same with the curvature of H relative to S corrected by `safe_blend`."""
+    curvature, vectors = scipy.linalg.eigh(hessian, precision)  # H v = w S v, vᵀ S v = 1
+    if is_safe(curvature, rate):
+        return (1 - rate) * precision + rate * hessian
+    duals = precision @ vectors
+    return (duals * safe_blend(curvature, rate)) @ duals.T
+
+
+def is_safe(curvature: np.ndarray, rate: float) -> bool:
+    """Whether 1 blended with w keeps more than half of 1 − ρ everywhere, as it does for every w ≥ 0."""
+    return bool(((1 - rate) + rate * curvature > (1 - rate) / 2).all())
+
+
+def safe_blend(curvature: np.ndarray, rate: float) -> np.ndarray:
+    """Otherwise w becomes |w|, and the blend at least 1/4 where w is not positive, beyond rounding."""
+    if is_safe(curvature, rate):
+        return (1 - rate) + rate * curvature
+    blended = (1 - rate) + rate * np.abs(curvature)
+    positive = curvature > 1e-15 * np.abs(curvature).max()
+    return np.where(positive, blended, np.maximum(blended, 0.25))
+
+
+def safe_diagonal(precision: np.ndarray, hessian: np.ndarray, rate: float) -> np.ndarray:
+    """The same, a coordinate at a time: each is a problem of dimension one."""
+    pairs = zip(precision, hessian, strict=True)
+    return np.array([safe_precision(np.array([[s]]), np.array([[h]]), rate).item() for s, h in pairs])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rule, on given noise
+
+
+@dataclass(frozen=True)
+class State:
+    """The names are those of the packages; `precision` is a matrix, or a vector for a diagonal one."""
+
+    loc: np.ndarray
+    precision: np.ndarray
+    rate: float = 1.0
+    noisy_steps: int = 0
+    rejected: int = 0
+    last_gradient: np.ndarray | None = None  # zero before the first step
+    radius: float = 1.0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Events:
+    """What happened in a step, so that a test can tell that it exercised something."""
+
+    tries: int
+    reflected: bool
+    inside_noise: bool
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    losses: np.ndarray
+    pair_gradients: np.ndarray
+    hessian: np.ndarray
+
+    @property
+    def gradient(self) -> np.ndarray:
+        return self.pair_gradients.mean(0)
+
+
+def as_matrix(precision: np.ndarray) -> np.ndarray:
+    return np.diag(precision) if precision.ndim == 1 else precision
+
+
+def factor_of(precision: np.ndarray, parts: Sequence, fixed_scale: float, radius: float = 1.0) -> np.ndarray:
+    """C [D, D] with z = m + C ε, each part having the structure that its guide gives it; learned ones within radius."""
+    matrix = as_matrix(precision)
+    factor = np.zeros_like(matrix)
+    for part in parts:
+        for group in part.groups:
+            at = np.ix_(group, group)
+            if part.structure in ("diagonal", "dense"):
+                factor[at] = radius * np.linalg.cholesky(np.linalg.inv(matrix[at]))
+            elif part.structure == "fixed":
+                factor[at] = fixed_scale * np.eye(len(group))
+    return factor
+
+
+def log_determinant(factor: np.ndarray, parts: Sequence) -> float:
+    """log |C| over the parts whose scale is learned."""
+    learned = [i for part in parts if part.structure in ("diagonal", "dense") for group in part.groups for i in group]
+    return np.log(np.diagonal(factor)[learned]).sum()
+
+
+def losses_at(problem, loc: np.ndarray, factor: np.ndarray, parts: Sequence, noise: np.ndarray) -> np.ndarray:
+    """ℓ(m + C ε) − log |C| at each ε."""
+    return np.array([problem.value(loc + factor @ eps) for eps in noise]) - log_determinant(factor, parts)
+
+
+def second_order(problem, loc, factor, parts, noise, probes=None) -> Estimate:
+    """Averages over ±ε of g and of H, or of u ⊙ H u with Rademacher `probes` u."""
+    signed = np.concatenate([noise, -noise])
+    points = [loc + factor @ eps for eps in signed]
+    gradients = np.array([problem.gradient(z) for z in points])
+    hessians = np.array([problem.hessian(z) for z in points])
+    if probes is not None:
+        hessians = np.array([u * (hessian @ u) for u, hessian in zip(probes, hessians, strict=True)])
+    pairs = (gradients[: len(noise)] + gradients[len(noise) :]) / 2
+    return Estimate(losses_at(problem, loc, factor, parts, signed), pairs, hessians.mean(0))
+
+
+def first_order(problem, loc, factor, parts, eps) -> Estimate:
+    """H of each part from one gradient: with W = tril(Cᵀ g εᵀ), H = C⁻ᵀ (W + Wᵀ − diag W) C⁻¹."""
+    gradient = problem.gradient(loc + factor @ eps)
+    hessian = np.zeros_like(factor)
+    for part in parts:
+        for group in part.groups:
+            at = np.ix_(group, group)
+            whitened = np.tril(factor[at].T @ np.tril(np.outer(gradient[group], eps[group])))
+            whitened = whitened + whitened.T - np.diag(np.diag(whitened))
+            inverse = np.linalg.inv(factor[at])
+            hessian[at] = inverse.T @ whitened @ inverse
+    return Estimate(losses_at(problem, loc, factor, parts, eps[None]), gradient[None], hessian)
+
+
+def step(
+    state: State,
+    problem,
+    parts: Sequence,
+    estimate_fn: Callable,
+    rate: float | None,
+    fixed_scale: float,
+    draws: np.ndarray,
+    minibatch: bool = False,
+) -> tuple[State, Events]:
+    """One step of the Bayesian learning rule; `rate=None` searches for the rate.
+
+    Args:
+        estimate_fn: (loc, factor) -> `Estimate`.
+        draws: all ε of the step, [S, D], at which the search evaluates its proposals.
+        minibatch: whether a gradient opposed to the last one counts as noise.
+    """
+    diagonal = state.precision.ndim == 1
+    estimate = estimate_fn(state.loc, factor_of(state.precision, parts, fixed_scale, state.radius))
+    hessian = estimate.hessian
+    if diagonal and hessian.ndim == 2:
+        hessian = np.diagonal(hessian)
+
+    radius = min(1.0, 2 * state.radius)
+
+    def propose(rate: float) -> tuple[np.ndarray, np.ndarray, bool]:
+        safe = safe_diagonal if diagonal else safe_precision
+        precision = safe(state.precision, hessian, rate)
+        reflected = not np.allclose(precision, (1 - rate) * state.precision + rate * hessian)
+        return state.loc - rate * np.linalg.inv(as_matrix(precision)) @ estimate.gradient, precision, reflected
+
+    if rate is not None:
+        loc, precision, reflected = propose(rate)
+        return replace(state, loc=loc, precision=precision, radius=radius), Events(1, reflected, False, True)
+
+    covariance = np.linalg.inv(as_matrix(state.precision))
+    noisy = inside_noise(estimate, covariance)
+    if minibatch and state.last_gradient is not None:
+        noisy = noisy or bool(estimate.gradient @ covariance @ state.last_gradient < 0)
+    state = replace(state, last_gradient=estimate.gradient)
+    noisy_steps = state.noisy_steps + noisy
+    first = tried = min(state.rate, 2 / (noisy_steps + 2))
+    for tries in range(1, 9):
+        loc, precision, reflected = propose(tried)
+        factor = factor_of(precision, parts, fixed_scale, state.radius)
+        if not_worse(estimate.losses, losses_at(problem, loc, factor, parts, draws)):
+            next_rate = min(1.0, 1.7 * tried) if tries == 1 else tried
+            moved = replace(state, loc=loc, precision=precision, radius=radius, rate=next_rate, noisy_steps=noisy_steps)
+            return moved, Events(tries, reflected, noisy, True)
+        tried *= 0.4
+    rejected = replace(state, rate=0.4 * first, noisy_steps=noisy_steps, rejected=state.rejected + 1)
+    return rejected, Events(tries, reflected, noisy, False)
+
+
+def inside_noise(estimate: Estimate, covariance: np.ndarray) -> bool:
+    """r² < 2 V with r² = gᵀ S⁻¹ g, V the variance of the mean of g over pairs in the same norm."""
+    deviations = estimate.pair_gradients - estimate.gradient
+    num_pairs = len(deviations)
+    variance = sum(d @ covariance @ d for d in deviations) / (num_pairs - 1) / num_pairs
+    return bool(estimate.gradient @ covariance @ estimate.gradient < 2 * variance)
+
+
+def not_worse(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether the mean paired difference is at most its standard error, plus 64 units of rounding."""
+    num_pairs = len(before) // 2
+    change = ((after - before)[:num_pairs] + (after - before)[num_pairs:]) / 2
+    standard_error = change.std(ddof=1) / num_pairs**0.5
+    rounding = 64 * np.finfo(np.float64).eps * np.abs(before).mean()
+    return bool(np.isfinite(after).all() and change.mean() <= standard_error + rounding)

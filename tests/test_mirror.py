@@ -1,0 +1,239 @@
+"""The two packages are one subject: the same files, the same names in them, and neither needs the other's framework."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("numpyro_blr", "pyro_blr")
+MODULES = sorted(str(path.relative_to(ROOT / PACKAGES[0])) for path in (ROOT / PACKAGES[0]).rglob("*.py"))
+FRAMEWORKS = {"numpyro_blr": ("jax", "numpyro"), "pyro_blr": ("torch", "pyro")}
+
+# What one host asks for and the other does not; everything else has the same name and the same parameters in both. A
+# name that no longer differs has to leave the list. `_svi.py` and `_layout.py`, which know the host, share these alone.
+FORWARD_MODE = "forward="  # a parameter that only JAX has a use for
+DIFFERENCES = {
+    "gradients/__init__.py": {"__all__"},
+    "gradients/_estimate.py": {
+        "__all__", "average_over_pairs", "each_draw", "value_and_gradient", "value_and_gradients",
+    },
+    "optim/blr.py": {
+        # the optimizer's interface, which is the host's, and the state that the host carries or lets it carry
+        "BLR.init", "BLR.eval_and_update", "BLR.eval_and_stable_update", "BLR.get_params", "BLR.get_state",
+        "BLR.set_state", "OptState", "described", "field_of",
+        # arrays under a tracer are selected, concrete ones are looked at
+        "all_finite", "losses_at", "select",
+    },
+}  # fmt: skip
+COMMON = {
+    "optim/_svi.py": {
+        "Redraw", "Redraw.weight", "calling_svi", "check_loss", "check_params", "host_optimizer", "objective_of",
+        "report_skipped", "standard_normal",
+    },
+    "optim/_layout.py": {"Layout", "Layout.blocks", "Site", "gather", "recognise", "scatter", "subsampled", "unwrap"},
+}  # fmt: skip
+
+
+def outline(path: Path) -> dict[str, list[str]]:
+    """Public functions, classes with their fields, methods, constants and `__all__` of a module, with parameters."""
+    found: dict[str, list[str]] = {}
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.name == "__init__"):
+                arguments = node.args
+                names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+                names += [f"{argument.arg}=" for argument in arguments.kwonlyargs]
+                names += [f"*{star.arg}" for star in (arguments.vararg, arguments.kwarg) if star]
+                found[prefix + node.name] = names
+                found[prefix + node.name] = [name for name in found[prefix + node.name] if name != FORWARD_MODE]
+            elif isinstance(node, ast.ClassDef):
+                fields = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
+                found[prefix + node.name] = fields
+                visit(node.body, f"{prefix}{node.name}.")
+
+    tree = ast.parse(path.read_text())
+    visit(tree.body, "")
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__":
+            found["__all__"] = ast.literal_eval(node.value)
+        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "_")[0].isupper():
+            found[ast.unparse(node.targets[0])] = []
+    return found
+
+
+def run_isolated(code: str, *blocked: str) -> None:
+    """Python that ends with `code`, where importing one of `blocked` fails as if it were not installed."""
+    block = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
+    ran = subprocess.run([sys.executable, "-c", block + code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+
+
+def needs(package: str) -> None:
+    missing = [name for name in FRAMEWORKS[package] if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed")
+
+
+def test_the_packages_have_the_same_files():
+    files = [sorted(str(path.relative_to(ROOT / name)) for path in (ROOT / name).rglob("*.py")) for name in PACKAGES]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in COMMON])
+def test_the_modules_have_the_same_outline(module):
+    numpyro, pyro = (outline(ROOT / name / module) for name in PACKAGES)
+    different = {name for name in numpyro.keys() | pyro.keys() if numpyro.get(name) != pyro.get(name)}
+    expected = DIFFERENCES.get(module, set())
+    assert different == expected, {name: (numpyro.get(name), pyro.get(name)) for name in different ^ expected}
+
+
+@pytest.mark.parametrize("module", COMMON)
+def test_the_modules_that_know_the_host_have_the_same_names_for_the_same_things(module):
+    for package in PACKAGES:
+        assert outline(ROOT / package / module).keys() >= COMMON[module]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_modules_say_the_same_in_their_first_line(module):
+    """The docstrings are the same text as far as the host allows; their first line is the file's subject."""
+    lines = [ast.get_docstring(ast.parse((ROOT / name / module).read_text())).partition("\n")[0] for name in PACKAGES]
+    assert lines[0].replace("NumPyro", "Pyro") == lines[1].replace("NumPyro", "Pyro")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_nothing_of_the_other_framework(package):
+    needs(package)
+    (other,) = set(PACKAGES) - {package}
+    foreign = (*FRAMEWORKS[other], other)
+    run_isolated(f"import sys, {package}\nassert not set(sys.modules) & set({foreign!r}), 'imported uninvited'")
+
+
+FITS = {
+    "numpyro_blr": """
+import jax, numpyro, numpyro.distributions as dist
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+from numpyro_blr import BLR
+def model(): numpyro.sample('z', dist.Normal(2.0, 1.0))
+guide = AutoNormal(model)
+params = SVI(model, guide, BLR(), Trace_ELBO()).run(jax.random.key(0), 1, progress_bar=False).params
+assert abs(params['z_auto_loc'] - 2) < 1e-5
+""",
+    "pyro_blr": """
+import pyro, pyro.distributions as dist
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro_blr import BLR
+def model(): pyro.sample('z', dist.Normal(2.0, 1.0))
+guide = AutoNormal(model)
+SVI(model, guide, BLR(), Trace_ELBO()).step()
+assert abs(guide.median()['z'] - 2) < 1e-5
+""",
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_works_where_the_other_framework_is_not_installed(package):
+    """And in single precision, the hosts' default."""
+    needs(package)
+    (other,) = set(PACKAGES) - {package}
+    run_isolated(FITS[package], *FRAMEWORKS[other], other)
+
+
+IMPORTS = {
+    "numpyro_blr": "import jax, {package}\nassert not jax.live_arrays(), jax.live_arrays()",
+    "pyro_blr": """
+import gc, torch, pyro.infer, pyro.infer.autoguide, pyro.optim
+before = {{id(thing) for thing in gc.get_objects() if isinstance(thing, torch.Tensor)}}
+random_state = torch.get_rng_state()
+import {package}
+made = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and thing is not random_state]
+assert not {{id(thing) for thing in made}} - before
+assert torch.equal(torch.get_rng_state(), random_state)
+assert torch.get_default_dtype() == torch.float32
+""",
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_makes_no_arrays_and_changes_no_setting(package):
+    needs(package)
+    run_isolated(IMPORTS[package].format(package=package))
+
+
+def test_the_options_are_the_same_text():
+    first, second = ((ROOT / name / "optim/_options.py").read_bytes() for name in PACKAGES)
+    assert first == second
+
+
+def constants(path: Path) -> dict[str, str]:
+    """The public constants of a module that are written out as literals."""
+    found = {}
+    for node in ast.parse(path.read_text()).body:
+        named = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).lstrip("(")[0].isupper()
+        if named and all(isinstance(part, (ast.Constant, ast.Tuple, ast.Load)) for part in ast.walk(node.value)):
+            found[ast.unparse(node.targets[0])] = ast.unparse(node.value)
+    return found
+
+
+def test_the_constants_have_the_same_values():
+    numpyro, pyro = ({module: constants(ROOT / name / module) for module in MODULES} for name in PACKAGES)
+    assert numpyro == pyro
+    assert {"optim/_rate.py", "optim/blr.py"} <= {module for module, found in pyro.items() if found}
+
+
+LAYERS = ("families", "gradients", "optim")
+
+
+def imported(package: str, module: str) -> list[str]:
+    """The absolute names of everything that a module imports."""
+    here, found = [package, *Path(module).parts[:-1]], []
+    for node in ast.walk(ast.parse((ROOT / package / module).read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) + 1 - node.level] if node.level else []
+            found += [".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package):
+    """families ← gradients ← optim."""
+    arrows = set()
+    for module in MODULES:
+        layer = Path(module).parts[0]
+        inside = [name.split(".")[1] for name in imported(package, module) if name.split(".")[0] == package]
+        if layer in LAYERS:
+            arrows |= {(layer, other) for other in inside}
+    assert all(LAYERS.index(other) <= LAYERS.index(layer) for layer, other in arrows)
+    assert {("gradients", "families"), ("optim", "families"), ("optim", "gradients")} <= arrows
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_families_and_gradients_are_arrays_in_and_arrays_out(package):
+    """They know the framework and not the host."""
+    framework, host = FRAMEWORKS[package]
+    modules = [module for module in MODULES if Path(module).parts[0] in ("families", "gradients")]
+    roots = [{name.split(".")[0] for name in imported(package, module)} for module in modules]
+    assert framework in set().union(*roots)
+    assert host not in set().union(*roots)
+
+
+DEVICES = {
+    "numpyro_blr": "from jax._src import xla_bridge\nassert not xla_bridge.backends_are_initialized()",
+    "pyro_blr": "import torch\nassert not torch.cuda.is_initialized()",
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_takes_no_device(package):
+    needs(package)
+    run_isolated(f"import {package}\n{DEVICES[package]}")
