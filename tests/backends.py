@@ -285,11 +285,11 @@ class NumPyroFit:
         self.guide = make_guide(bridge.host, self.model)
         self.svi = bridge.numpyro.infer.SVI(self.model, self.guide, bridge.BLR(**options), loss)
         self.update = bridge.jax.jit(self.svi.update)
-        self.again(seed=0)
+        self.first_state = self.state = self.svi.init(bridge.jax.random.key(0), *self.args)
 
     def again(self, seed: int) -> NumPyroFit:
-        """Start anew from another seed, with what is compiled."""
-        self.state = self.svi.init(self.bridge.jax.random.key(seed), *self.args)
+        """Start anew with other draws."""
+        self.state = self.first_state._replace(rng_key=self.bridge.jax.random.key(seed))
         return self
 
     def run(self, num_steps: int) -> NumPyroFit:
@@ -436,7 +436,7 @@ class PyroFit:
         self.again(seed=0)
 
     def again(self, seed: int) -> PyroFit:
-        """Start anew from another seed."""
+        """Start anew with other draws."""
         self.bridge.reset(seed)
         self.guide = self.make_guide(self.bridge.host, self.model)
         self.guide(*self.args)  # makes its parameters

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 import numpyro.optim
 from jax import Array, random
@@ -81,10 +82,11 @@ def checked_state(state: Any, kind: type) -> tuple[Array, Any]:
     return state
 
 
-def report_skipped(count: Array, skipped: Array) -> None:
+def report_skipped(count: Any, skipped: Any) -> None:
     """Warn of steps that were not finite; raise once ten or more were taken and nothing else."""
     if isinstance(skipped, jax.core.Tracer) or not (skipped > 0).any():
         return
+    count, skipped = np.asarray(count), np.asarray(skipped)
     described = f"{skipped} of {count} steps had a loss or gradient that is not finite"
     if (skipped == count).all() and (count >= 10).all():
         raise FloatingPointError(

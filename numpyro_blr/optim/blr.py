@@ -91,9 +91,13 @@ def step(
     estimate = completed(estimator(objective, state.loc, scales, others, draws), state.precision)
     usable = all_finite(estimate.losses, estimate.gradient, estimate.hessian, estimate.others)
 
+    assert estimate.extras.weight is not None  # `completed` fills it in
+    covered = estimate.extras.weight > 0
+
     def propose(rate: Array) -> tuple[Array, Precision]:
         precision = state.precision.blend(estimate.hessian, rate)
-        return state.loc - rate * precision.solve(estimate.gradient), precision
+        direction = jnp.where(covered, precision.solve(estimate.gradient), 0)
+        return state.loc - rate * direction, precision
 
     def propose_and_evaluate(rate: Array) -> tuple[tuple[Array, Precision], Array]:
         loc, precision = propose(rate)
@@ -136,6 +140,7 @@ def completed(estimate: Estimate, precision: Precision) -> Estimate:
         gradient=estimate.gradient / gradient_weight,
         pair_gradients=estimate.pair_gradients / gradient_weight,
         hessian=precision.complete(estimate.hessian, weight),
+        extras=estimate.extras._replace(weight=weight),
     )
 
 

@@ -84,9 +84,13 @@ def step(
     if not all_finite(estimate.losses, estimate.gradient, estimate.hessian):
         return unusable, estimate, False
 
+    assert estimate.extras.weight is not None  # `completed` fills it in
+    covered = estimate.extras.weight > 0
+
     def propose(rate: float) -> tuple[Tensor, Precision]:
         precision = state.precision.blend(estimate.hessian, rate)
-        return state.loc - rate * precision.solve(estimate.gradient), precision
+        direction = torch.where(covered, precision.solve(estimate.gradient), 0.0)
+        return state.loc - rate * direction, precision
 
     def propose_and_evaluate(rate: float) -> tuple[tuple[Tensor, Precision], Tensor]:
         loc, precision = propose(rate)
@@ -137,6 +141,7 @@ def completed(estimate: Estimate, precision: Precision) -> Estimate:
         gradient=estimate.gradient / gradient_weight,
         pair_gradients=estimate.pair_gradients / gradient_weight,
         hessian=precision.complete(estimate.hessian, weight),
+        extras=estimate.extras._replace(weight=weight),
     )
 
 

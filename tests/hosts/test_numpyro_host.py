@@ -52,8 +52,9 @@ def any_normal(model):
     return guide
 
 
-def make_svi(model=model, guide=AutoNormal, loss=None, **options) -> SVI:
-    return SVI(model, guide(model), BLR(**options), loss or Trace_ELBO())
+def make_svi(model=model, guide=AutoNormal, loss=None, learning_rate=0.5, **options) -> SVI:
+    """With a given rate, whose program compiles in half the time of the automatic one's."""
+    return SVI(model, guide(model), BLR(learning_rate, **options), loss or Trace_ELBO())
 
 
 def advance(svi: SVI, state, num_steps: int, *args, update=None):
@@ -81,7 +82,7 @@ def test_the_loss_at_the_posterior_is_the_evidence_whatever_the_draws(numpyro_br
     """`evaluate` and the loss that `update` returns: log p(y), with no variance, once the guide is exact."""
     linear = cases.linear()
     linear_model, args = linear.make(numpyro_bridge.host), tuple(map(jnp.asarray, linear.args))
-    svi = make_svi(linear_model, AutoMultivariateNormal)
+    svi = make_svi(linear_model, AutoMultivariateNormal, learning_rate=1.0)
     update = jax.jit(svi.update)
     state, _ = update(svi.init(jax.random.key(0), *args), *args)
     assert_allclose(svi.evaluate(state, *args), linear.negative_log_evidence, rtol=1e-10)
@@ -137,7 +138,7 @@ def test_model_arguments_by_keyword_and_fixed_in_the_svi(numpyro_bridge):
 def test_the_graph_elbo_is_exact_as_well(numpyro_bridge):
     linear = cases.linear()
     linear_model, args = linear.make(numpyro_bridge.host), tuple(map(jnp.asarray, linear.args))
-    svi = make_svi(linear_model, AutoMultivariateNormal, TraceGraph_ELBO())
+    svi = make_svi(linear_model, AutoMultivariateNormal, TraceGraph_ELBO(), learning_rate=1.0)
     result = svi.run(jax.random.key(0), 1, *args, progress_bar=False)
     assert_allclose(svi.guide.get_posterior(result.params).mean, linear.posterior[0], rtol=1e-10)
 
@@ -151,7 +152,9 @@ def schedule(count):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"learning_rate": schedule, "estimator": "hutchinson"}], ids=["automatic", "schedule, hutchinson"]
+    "options",
+    [{"learning_rate": None}, {"learning_rate": schedule, "estimator": "hutchinson"}],
+    ids=["automatic", "schedule, hutchinson"],
 )
 def test_pickled_and_resumed_equals_not_stopping_bit_for_bit(options):
     svi = make_svi(**options)

@@ -17,6 +17,7 @@ NUM_PAIRS = 3
 ALL_POINTS = (Part(0, (4,), "point"),)  # no noise at all: z is the mean itself
 
 layouts = pytest.mark.parametrize("parts", LAYOUTS.values(), ids=LAYOUTS)
+some_layouts = pytest.mark.parametrize("parts", [LAYOUTS["dense"], LAYOUTS["mixed"]], ids=["dense", "mixed"])
 rates = pytest.mark.parametrize("rate", [None, 0.3], ids=["automatic", "given"])
 
 
@@ -240,7 +241,7 @@ def test_blocks_are_dense_on_a_problem_of_blocks(backend, random):
 # Temperature
 
 
-@layouts
+@some_layouts
 def test_tempered_fixed_point(backend, parts, random):
     """E_q[ℓ] − τ H(q): the mean is the optimum and the precision H/τ."""
     problem = cases.quadratic()
@@ -251,7 +252,7 @@ def test_tempered_fixed_point(backend, parts, random):
     assert (state.rate, state.rejected) == (1.0, 0)
 
 
-@layouts
+@some_layouts
 def test_the_tempered_loss_keeps_the_entropy_whole(backend, parts, random):
     """L = ℓ/τ − log |C|, which the automatic rate compares between different C."""
     problem, noise = cases.student(), random.normal(size=(NUM_PAIRS, 4))
