@@ -7,6 +7,7 @@ only when their bridge is built, so that each can be tested where the other is n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import cached_property
 from importlib import import_module
@@ -77,6 +78,15 @@ class Bridge:
     @cached_property
     def _blend(self) -> Callable:
         return self.compiled(lambda precision, hessian, rate: precision.blend(hessian, rate))
+
+    def natural_of(self, distribution: Any) -> Any:
+        """λ of a host's distribution."""
+        return self.families.natural_of(distribution)
+
+    def gradient_of(self, fn: Callable, natural: Any) -> Any:
+        """∇f(λ), an element of the dual space, of an f with one number for each of the batch."""
+        leaves = tuple(getattr(natural, item.name) for item in fields(natural))
+        return natural.Expectation(*self.gradient(lambda leaves: fn(type(natural)(*leaves)).sum(), leaves))
 
     def compiled_blend(self) -> Callable:
         """`blend` on NumPy arrays (S, H) and a rate, compiled once for all tests."""
@@ -194,8 +204,31 @@ class Bridge:
         """
         return self.fit_class(self, make_model, make_guide, args, loss or self.loss(), options)
 
+    def natural_param(self, name: str, distribution: Any) -> Any:
+        return import_module(self.package).natural_param(name, distribution)
+
+    def merge(self, prior: Any, posteriors: Sequence) -> Any:
+        return import_module(self.package).merge(prior, posteriors)
+
+    def leaves(self, vector: Any) -> tuple[np.ndarray, ...]:
+        """The fields of a point of a family's spaces."""
+        return tuple(self.to_numpy(getattr(vector, item.name)) for item in fields(vector))
+
+    def start_families(self, make_model: Callable, args: tuple, guide_options: dict, **options: Any) -> Any:
+        """`start` with the guide AutoExponentialFamily and a loss that takes discrete sites."""
+
+        def make_guide(host: Any, model: Callable) -> Any:
+            return import_module(self.package).AutoExponentialFamily(model, **self._guide_options(guide_options))
+
+        return self.start(make_model, make_guide, args, loss=self.loss(self.discrete_loss), **options)
+
+    def _guide_options(self, options: dict) -> dict:
+        start = {name: self.array(value) for name, value in options.get("start", {}).items()}
+        return {**options, "start": start}
+
 
 class NumPyroBridge(Bridge):
+    discrete_loss = "TraceGraph_ELBO"  # the host's other losses warn of discrete latents
     name, package = "numpyro", "numpyro_blr"
 
     def __init__(self) -> None:
@@ -217,6 +250,7 @@ class NumPyroBridge(Bridge):
             dist=numpyro.distributions,
             constraints=numpyro.distributions.constraints,
             lower_cholesky=numpyro.distributions.constraints.lower_cholesky,
+            wishart=lambda df, rate: numpyro.distributions.Wishart(df, rate_matrix=rate),
             array=self.array,
             integer=lambda value: self.xp.asarray(value),
             xp=self.xp,
@@ -228,6 +262,10 @@ class NumPyroBridge(Bridge):
 
     def reset(self, seed: int) -> None:
         """Nothing is global here."""
+
+    def promotion(self, lax: bool) -> Any:
+        """A context in which dtypes may be mixed, if `lax`."""
+        return self.jax.numpy_dtype_promotion("standard" if lax else "strict")
 
     def array(self, value: Any, dtype: str = "float64") -> Any:
         return self.xp.asarray(value, dtype)
@@ -247,6 +285,30 @@ class NumPyroBridge(Bridge):
     def compiled(self, fn: Callable) -> Callable:
         return self.jax.jit(fn)
 
+    def gradient(self, fn: Callable, at: Any) -> Any:
+        """∇f of a number, at an array or a tuple of them."""
+        return self.jax.grad(fn)(at)
+
+    def derivative(self, fn: Callable, like: Any) -> Any:
+        """d/dt f(t) at zero, in the dtype of `like`."""
+        return self.jax.jvp(fn, (self.array(0, like.dtype),), (self.array(1, like.dtype),))[1]
+
+    def sample(self, distribution: Any, num_draws: int) -> np.ndarray:
+        with self.jax.numpy_dtype_promotion("standard"):  # some of the host's samplers need it
+            return self.to_numpy(distribution.sample(self.jax.random.key(0), (num_draws,)))
+
+    def log_prob(self, distribution: Any, values: Any) -> Any:
+        with self.jax.numpy_dtype_promotion("standard"):
+            return distribution.log_prob(values)
+
+    def entropy(self, distribution: Any) -> Any:
+        with self.jax.numpy_dtype_promotion("standard"):
+            return distribution.entropy()
+
+    def kl_divergence(self, first: Any, second: Any) -> Any:
+        with self.jax.numpy_dtype_promotion("standard"):
+            return self.numpyro.distributions.kl_divergence(first, second)
+
     def map(self, fn: Callable, *stacks: np.ndarray) -> np.ndarray:
         """fn at each row of the stacks."""
         return self.to_numpy(self.jax.jit(self.jax.vmap(fn))(*map(self.array, stacks)))
@@ -265,6 +327,18 @@ class NumPyroBridge(Bridge):
     def gradient_descent(self, rate: float) -> Any:
         """A host optimizer for `others`."""
         return self.numpyro.optim.SGD(rate)
+
+    def noise_key(self, seed: int) -> Any:
+        """Whatever an estimator takes its noise from."""
+        return self.jax.random.key(seed)
+
+    def map_fn(self, fn: Callable, stack: Any) -> Any:
+        """fn at each row of a stack."""
+        return self.jax.vmap(fn)(stack)
+
+    def natural_leaves(self, fit: Any, name: str) -> tuple[np.ndarray, ...]:
+        """The fields of a `natural_param`."""
+        return leaves_of({name: fit._params[name]}, np.asarray)[name]
 
     def same_noise(self, monkeypatch: Any, noise: Callable) -> None:
         """ε of a site becomes noise(array module, shape of the site, number of the draw)."""
@@ -292,6 +366,11 @@ class NumPyroFit:
         self.state = self.first_state._replace(rng_key=self.bridge.jax.random.key(seed))
         return self
 
+    def anew(self, *args: Any) -> NumPyroFit:
+        """Start anew with other arguments."""
+        self.args = tuple(map(self.bridge.argument, args))
+        return self.again(seed=0)
+
     def run(self, num_steps: int) -> NumPyroFit:
         for _ in range(num_steps):
             self.state, loss = self.update(self.state, *self.args)
@@ -309,6 +388,23 @@ class NumPyroFit:
     @property
     def _params(self) -> dict[str, Any]:
         return self.svi.get_params(self.state)
+
+    def natural_objects(self) -> dict[str, Any]:
+        """λ of every site of an AutoExponentialFamily."""
+        return self.guide.natural(self._params)
+
+    def naturals(self) -> dict[str, tuple[np.ndarray, ...]]:
+        """The same as tuples of fields."""
+        return leaves_of(self.natural_objects(), np.asarray)
+
+    def contribution_objects(self, **options: Any) -> dict[str, dict[str, Any]]:
+        module = import_module(self.bridge.package)
+        return module.site_contributions(self.svi, self.state, *self.args, **options)
+
+    def contributions(self, **options: Any) -> dict[str, dict[str, tuple[np.ndarray, ...]]]:
+        """By site and factor, as tuples of fields."""
+        parts = self.contribution_objects(**options)
+        return {site: leaves_of(by_factor, np.asarray) for site, by_factor in parts.items()}
 
     def param_names(self, *sites: str) -> list[str]:
         """Of an AutoNormal: (loc, scale) for each site in turn."""
@@ -344,6 +440,7 @@ class NumPyroFit:
 
 
 class PyroBridge(Bridge):
+    discrete_loss = "Trace_ELBO"
     name, package = "pyro", "pyro_blr"
 
     def __init__(self) -> None:
@@ -367,6 +464,7 @@ class PyroBridge(Bridge):
             dist=pyro.distributions,
             constraints=pyro.distributions.constraints,
             lower_cholesky=pyro.distributions.constraints.lower_cholesky,
+            wishart=lambda df, rate: pyro.distributions.Wishart(self.array(df), precision_matrix=rate),
             array=self.array,
             integer=lambda value: self.xp.asarray(value),
             xp=self.xp,
@@ -375,6 +473,9 @@ class PyroBridge(Bridge):
                 values={name: self.array(value) for name, value in values.items()}
             ),
         )
+
+    def promotion(self, lax: bool) -> Any:
+        return nullcontext()
 
     def reset(self, seed: int) -> None:
         self.pyro.clear_param_store()
@@ -397,6 +498,25 @@ class PyroBridge(Bridge):
 
     def compiled(self, fn: Callable) -> Callable:
         return fn
+
+    def gradient(self, fn: Callable, at: Any) -> Any:
+        return self.torch.func.grad(fn)(at)
+
+    def derivative(self, fn: Callable, like: Any) -> Any:
+        return self.torch.func.jvp(fn, (like.new_zeros(()),), (like.new_ones(()),))[1]
+
+    def sample(self, distribution: Any, num_draws: int) -> np.ndarray:
+        self.pyro.set_rng_seed(0)
+        return self.to_numpy(distribution.sample((num_draws,)))
+
+    def log_prob(self, distribution: Any, values: Any) -> Any:
+        return distribution.log_prob(values)
+
+    def entropy(self, distribution: Any) -> Any:
+        return distribution.entropy()
+
+    def kl_divergence(self, first: Any, second: Any) -> Any:
+        return self.torch.distributions.kl_divergence(first, second)
 
     def map(self, fn: Callable, *stacks: np.ndarray) -> np.ndarray:
         rows = zip(*map(self.array, stacks), strict=True)
@@ -425,6 +545,18 @@ class PyroBridge(Bridge):
             lambda generator, number, shape, like: noise(self.xp, tuple(shape), float(number)),
         )
 
+    def noise_key(self, seed: int) -> Any:
+        """Whatever an estimator takes its noise from."""
+        return seed
+
+    def map_fn(self, fn: Callable, stack: Any) -> Any:
+        """fn at a stack of rows, over which it broadcasts."""
+        return fn(stack)
+
+    def natural_leaves(self, fit: Any, name: str) -> tuple[np.ndarray, ...]:
+        """The fields of a `natural_param`, each a parameter of its own."""
+        return tuple(value for key, value in fit.params.items() if key.startswith(f"{name}."))
+
 
 class PyroFit:
     """The stock SVI, a step at a time."""
@@ -442,6 +574,11 @@ class PyroFit:
         self.guide(*self.args)  # makes its parameters
         self.svi = self.bridge.pyro.infer.SVI(self.model, self.guide, self.bridge.BLR(**self.options), self.loss)
         return self
+
+    def anew(self, *args: Any) -> PyroFit:
+        """Start anew with other arguments."""
+        self.args = tuple(map(self.bridge.argument, args))
+        return self.again(seed=0)
 
     def run(self, num_steps: int) -> PyroFit:
         for _ in range(num_steps):
@@ -462,6 +599,22 @@ class PyroFit:
 
     def _copied(self, value: Any) -> np.ndarray:
         return self.bridge.to_numpy(value).copy()  # Pyro moves its parameters in place
+
+    def natural_objects(self) -> dict[str, Any]:
+        """λ of every site of an AutoExponentialFamily."""
+        return self.guide.natural()
+
+    def naturals(self) -> dict[str, tuple[np.ndarray, ...]]:
+        """The same as tuples of fields."""
+        return leaves_of(self.natural_objects(), self._copied)
+
+    def contribution_objects(self, **options: Any) -> dict[str, dict[str, Any]]:
+        return import_module(self.bridge.package).site_contributions(self.svi, *self.args, **options)
+
+    def contributions(self, **options: Any) -> dict[str, dict[str, tuple[np.ndarray, ...]]]:
+        """By site and factor, as tuples of fields."""
+        parts = self.contribution_objects(**options)
+        return {site: leaves_of(by_factor, self._copied) for site, by_factor in parts.items()}
 
     def param_names(self, *sites: str) -> list[str]:
         """Of an AutoNormal: (loc, scale) for each site in turn."""
@@ -500,6 +653,13 @@ BRIDGES = {"numpyro": NumPyroBridge, "pyro": PyroBridge}
 
 def numpy_dict(values: dict[str, Any], to_numpy: Callable) -> dict[str, np.ndarray]:
     return {name: to_numpy(value) for name, value in values.items()}
+
+
+def leaves_of(naturals: dict[str, Any], to_numpy: Callable) -> dict[str, tuple[np.ndarray, ...]]:
+    return {
+        name: tuple(to_numpy(getattr(natural, item.name)) for item in fields(natural))
+        for name, natural in naturals.items()
+    }
 
 
 def gaussians_of(trace: dict[str, Any], to_numpy: Callable) -> dict[str, tuple[np.ndarray, np.ndarray]]:

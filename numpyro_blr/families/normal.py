@@ -1,4 +1,4 @@
-"""The diagonal Gaussian N(m, diag(s)⁻¹): natural parameters λ = (s m, −s/2), elementwise.
+"""The diagonal Gaussian N(m, diag(s)⁻¹): T(z) = (z, z²), natural parameters λ = (s m, −s/2), elementwise.
 
 Source: Khan & Rue 2023, "The Bayesian Learning Rule", section 4; `DiagonalPrecision` is s, `hessian` is E_q[diag ∇²ℓ].
 """
@@ -6,14 +6,18 @@ Source: Khan & Rue 2023, "The Bayesian Learning Rule", section 4; `DiagonalPreci
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 from jax import Array
 
 from ._family import Block
+from ._natural import Natural, at_both, family
+from .multivariate_normal import MultivariateNormalNatural
 
-__all__ = ["DiagonalPrecision"]
+__all__ = ["DiagonalPrecision", "NormalNatural"]
 
 
 @jax.tree_util.register_dataclass
@@ -52,3 +56,73 @@ class DiagonalPrecision:
     def complete(self, hessian: Array, weight: Array) -> Array:
         covered = weight > 0
         return jnp.where(covered, hessian / jnp.where(covered, weight, 1), self.diagonal)
+
+
+@family(dist.Normal)
+class NormalNatural(Natural):
+    """λ = (s m, −s/2), each of the batch's shape; A = s m²/2 − log(s)/2 + log(2π)/2. Sigma points m ± σ."""
+
+    linear: Array
+    quadratic: Array
+
+    ranks = (0, 0)
+    host_parameters = (("loc", "scale"),)
+
+    @property
+    def loc(self) -> Array:
+        return self.linear / (-2 * self.quadratic)
+
+    @property
+    def scale(self) -> Array:
+        return (-2 * self.quadratic) ** -0.5
+
+    @classmethod
+    def from_distribution(cls, distribution: dist.Normal) -> Self:
+        loc, scale = jnp.broadcast_arrays(distribution.loc, distribution.scale)
+        return cls(linear=loc / scale**2, quadratic=-0.5 / scale**2)
+
+    def to_distribution(self) -> dist.Normal:
+        return dist.Normal(self.loc, self.scale)
+
+    @classmethod
+    def from_value(cls, value: Array) -> Self:
+        """Mean `value`, scale 0.1, as the host's AutoNormal starts."""
+        return cls(linear=value / 0.01, quadratic=jnp.full_like(value, -0.5 / 0.01))
+
+    @classmethod
+    def from_joint(cls, joint: MultivariateNormalNatural) -> Self:
+        """The best member for a quadratic over all coordinates of the last axis: mean S⁻¹ h, precision diag S."""
+        precision = -2 * jnp.diagonal(joint.quadratic, axis1=-2, axis2=-1)
+        return cls(linear=precision * joint.loc, quadratic=-precision / 2)
+
+    def sufficient_statistics(self, value: Array):
+        return self.Expectation(linear=value, quadratic=value**2)
+
+    def log_partition(self) -> Array:
+        return self.linear**2 / (-4 * self.quadratic) - jnp.log(-2 * self.quadratic) / 2 + jnp.log(2 * jnp.pi) / 2
+
+    def to_expectation(self):
+        return self.Expectation(linear=self.loc, quadratic=self.loc**2 + self.scale**2)
+
+    @classmethod
+    def from_expectation(cls, expectation) -> Self:
+        precision = 1 / (expectation.quadratic - expectation.linear**2)
+        return cls(linear=precision * expectation.linear, quadratic=-precision / 2)
+
+    def in_domain(self) -> Array:
+        return (self.quadratic < 0) & jnp.isfinite(self.linear) & jnp.isfinite(self.quadratic)
+
+    def fisher_solve(self, gradient) -> Self:
+        # F⁻¹ = ∂λ/∂μ with s = 1 / (μ₂ − μ₁²)
+        precision, loc = -2 * self.quadratic, self.loc
+        quadratic = precision**2 * (gradient.quadratic / 2 - loc * gradient.linear)
+        return type(self)(linear=precision * gradient.linear - 2 * loc * quadratic, quadratic=quadratic)
+
+    def sigma_points(self, signs: Array) -> Array:
+        return self.loc + self.scale * signs[..., 0]
+
+    @classmethod
+    def match(cls, values: Array, gradients: Array, signs: Array) -> Self:
+        (up, down), (high, low) = at_both(gradients, signs[..., 0]), at_both(values, signs[..., 0])
+        slope = (up - down) / (high - low)
+        return cls(linear=(up + down) / 2 - slope * (high + low) / 2, quadratic=slope / 2)

@@ -1,4 +1,4 @@
-"""The full-rank Gaussian N(m, S⁻¹): natural parameters λ = (S m, −S/2).
+"""The full-rank Gaussian N(m, S⁻¹): T(z) = (z, z zᵀ), natural parameters λ = (S m, −S/2).
 
 Source: Khan & Rue 2023, "The Bayesian Learning Rule", section 3.1; `DensePrecision` is S, `hessian` is E_q[∇²ℓ].
 
@@ -10,14 +10,18 @@ the units, are taken only where the straight step is not positive definite, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log, pi
+from typing import Self
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
 from ._family import Block
+from ._natural import Natural, family
 
-__all__ = ["DensePrecision"]
+__all__ = ["DensePrecision", "MultivariateNormalNatural"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class DensePrecision:
         return DensePrecision(_reflected(self.matrix, hessian, rate) if failed else straight)
 
     def solve(self, vector: Tensor) -> Tensor:
-        return torch.cholesky_solve(vector.unsqueeze(-1), _cholesky(self.matrix)).squeeze(-1)
+        return _solve(self.matrix, vector)
 
     def scale(self, block: Block) -> Tensor:
         """σ = diag(S_bb)^(−1/2) for a mean-field block; the lower C with C Cᵀ = (S_bb)⁻¹ for a dense one."""
@@ -72,10 +76,109 @@ class DensePrecision:
         return torch.where(covered, hessian / torch.where(covered, pair, 1.0), self.matrix)
 
 
+@family(dist.MultivariateNormal, torch.distributions.MultivariateNormal)
+class MultivariateNormalNatural(Natural):
+    """λ = (S m, −S/2) of shapes [*batch, D] and [*batch, D, D]; A = mᵀ S m/2 − log|S|/2 + D log(2π)/2.
+
+    Sigma points m + C ε for ε in {−1, 1}^D with C Cᵀ = S⁻¹: as many as are needed for uncorrelated signs.
+    """
+
+    linear: Tensor
+    quadratic: Tensor
+
+    ranks = (1, 2)
+    value_rank = 1
+    host_parameters = (("loc", "scale_tril"),)
+
+    @property
+    def precision_matrix(self) -> Tensor:
+        return -(self.quadratic + self.quadratic.mT)
+
+    @property
+    def scale_tril(self) -> Tensor:
+        return _inverse_cholesky(self.precision_matrix)
+
+    @property
+    def loc(self) -> Tensor:
+        return _solve(self.precision_matrix, self.linear)
+
+    @classmethod
+    def from_distribution(cls, distribution: dist.MultivariateNormal) -> Self:
+        factor = distribution.scale_tril
+        precision = torch.cholesky_inverse(factor)
+        linear = (precision @ distribution.loc[..., None]).squeeze(-1)
+        return cls(linear=linear, quadratic=-(precision + precision.mT) / 4)
+
+    def to_distribution(self) -> dist.MultivariateNormal:
+        return dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril)
+
+    @classmethod
+    def from_value(cls, value: Tensor) -> Self:
+        """Mean `value`, scale 0.1 in every direction, as the host's AutoMultivariateNormal starts."""
+        identity = torch.eye(value.shape[-1], dtype=value.dtype, device=value.device)
+        quadratic = (-0.5 / 0.01 * identity).expand(*value.shape, value.shape[-1])
+        return cls(linear=value / 0.01, quadratic=quadratic)
+
+    def sufficient_statistics(self, value: Tensor):
+        return self.Expectation(linear=value, quadratic=value[..., :, None] * value[..., None, :])
+
+    def log_partition(self) -> Tensor:
+        factor = _cholesky(self.precision_matrix)
+        half = solve_triangular(factor, self.linear[..., None], upper=False).squeeze(-1)
+        log_determinant = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return (half**2).sum(-1) / 2 - log_determinant + self.linear.shape[-1] * log(2 * pi) / 2
+
+    def to_expectation(self):
+        factor, loc = self.scale_tril, self.loc
+        second = factor @ factor.mT + loc[..., :, None] * loc[..., None, :]
+        return self.Expectation(linear=loc, quadratic=second)
+
+    @classmethod
+    def from_expectation(cls, expectation) -> Self:
+        loc = expectation.linear
+        covariance = expectation.quadratic - loc[..., :, None] * loc[..., None, :]
+        covariance = (covariance + covariance.mT) / 2
+        return cls.from_distribution(dist.MultivariateNormal(loc, scale_tril=_cholesky(covariance)))
+
+    def in_domain(self) -> Tensor:
+        factor = _cholesky(self.precision_matrix)
+        return factor.isfinite().all(-1).all(-1) & self.linear.isfinite().all(-1)
+
+    def fisher_solve(self, gradient) -> Self:
+        """F⁻¹ = ∂λ/∂μ: g changes Σ by dΣ = g₂ − g₁ mᵀ − m g₁ᵀ, and λ by (S g₁ − 2 Q m, Q) with Q = S dΣ S / 2."""
+        precision, loc = self.precision_matrix, self.loc
+        outer = gradient.linear[..., :, None] * loc[..., None, :]
+        change = gradient.quadratic - outer - outer.mT
+        quadratic = precision @ ((change + change.mT) / 2) @ precision / 2
+        linear = (precision @ gradient.linear[..., None] - 2 * quadratic @ loc[..., None]).squeeze(-1)
+        return type(self)(linear=linear, quadratic=quadratic)
+
+    @property
+    def num_signs(self) -> int:
+        return self.linear.shape[-1]
+
+    def sigma_points(self, signs: Tensor) -> Tensor:
+        return self.loc + (self.scale_tril @ signs[..., None]).squeeze(-1)
+
+    @classmethod
+    def match(cls, values: Tensor, gradients: Tensor, signs: Tensor) -> Self:
+        # f' = c₁ + 2 C₂ z at z = m + C ε: the averages of z εᵀ and f' εᵀ are C and 2 C₂ C
+        factor = (values[..., :, None] * signs[..., None, :]).mean(0)
+        slope = (gradients[..., :, None] * signs[..., None, :]).mean(0)
+        hessian = torch.linalg.solve_ex(factor.mT, slope.mT)[0].mT
+        hessian = (hessian + hessian.mT) / 2
+        linear = gradients.mean(0) - (hessian @ values.mean(0)[..., None]).squeeze(-1)
+        return cls(linear=linear, quadratic=hessian / 2)
+
+
+def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
+    return torch.cholesky_solve(vector.unsqueeze(-1), _cholesky(matrix)).squeeze(-1)
+
+
 def _cholesky(matrix: Tensor) -> Tensor:
     """The lower factor, NaN where there is none: what is not finite is then refused in one place, by the rule."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    return factor.fill_(torch.nan) if failed else factor
+    return factor.masked_fill((failed > 0)[..., None, None], torch.nan)
 
 
 def _reflected(matrix: Tensor, hessian: Tensor, rate: float) -> Tensor:
@@ -94,6 +197,6 @@ def _reflected(matrix: Tensor, hessian: Tensor, rate: float) -> Tensor:
 
 def _inverse_cholesky(matrix: Tensor) -> Tensor:
     """Lower C with C Cᵀ = S⁻¹, from S = U Uᵀ with U upper: C = U⁻ᵀ. S is never inverted."""
-    upper = _cholesky(matrix.flip(0, 1)).flip(0, 1)
+    upper = _cholesky(matrix.flip(-2, -1)).flip(-2, -1)
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     return solve_triangular(upper.mT, identity, upper=False)

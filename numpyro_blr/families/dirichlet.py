@@ -1,0 +1,143 @@
+"""The Dirichlet distribution with concentrations α: T(z) = log z, λ = α − 1, A = Σ log Γ(α_k) − log Γ(Σ α_k).
+
+With μ = E[log z], the two points softmax(μ ± t v) average to μ where the two log-normalisers cancel, which fixes t.
+F = diag(ψ'(α)) − ψ'(α₀) 1 1ᵀ with α₀ = Σ α_k, solved by the formula of Sherman & Morrison 1950.
+
+Source: Khan & Rue 2023, section 2; Minka 2000, "Estimating a Dirichlet distribution".
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import Array
+from jax.nn import logsumexp
+from jax.scipy.special import digamma, gammaln, polygamma
+
+from ._natural import Natural, at_both, family, smallest_spread
+from ._special import trigamma_excess
+
+__all__ = ["DirichletNatural"]
+
+
+@family(dist.Dirichlet)
+class DirichletNatural(Natural):
+    """λ = α − 1, of shape [*batch, K]."""
+
+    log: Array
+
+    ranks = (1,)
+    value_rank = 1
+    host_parameters = (("concentration",),)
+
+    @property
+    def concentration(self) -> Array:
+        return self.log + 1
+
+    @classmethod
+    def from_distribution(cls, distribution: dist.Dirichlet) -> Self:
+        return cls(log=distribution.concentration - 1)
+
+    def to_distribution(self) -> dist.Dirichlet:
+        return dist.Dirichlet(self.concentration)
+
+    @classmethod
+    def from_value(cls, value: Array) -> Self:
+        """Mean `value`, as if seen in ten draws for each category."""
+        return cls(log=10 * value.shape[-1] * value - 1)
+
+    def sufficient_statistics(self, value: Array):
+        return self.Expectation(log=jnp.log(value))
+
+    def log_partition(self) -> Array:
+        return gammaln(self.concentration).sum(-1) - gammaln(self.concentration.sum(-1))
+
+    def to_expectation(self):
+        total = self.concentration.sum(-1, keepdims=True)
+        return self.Expectation(log=digamma(self.concentration) - digamma(total))
+
+    @classmethod
+    def from_expectation(cls, expectation) -> Self:
+        """By Newton's method on log α, each step solved with `fisher_solve`, halved where it would overshoot."""
+        log = expectation.log
+
+        # Minka's fixed point, from the concentrations of a flat Dirichlet, brings Newton's method into its basin
+        def fixed_point(_: int, concentration: Array) -> Array:
+            return _inverse_digamma(log + digamma(concentration.sum(-1, keepdims=True)))
+
+        def newton(_: int, concentration: Array) -> Array:
+            current = cls(log=concentration - 1)
+            step = current.fisher_solve(current.to_expectation() - expectation).log
+            return jnp.maximum(concentration - step, concentration / 4)
+
+        concentration = jax.lax.fori_loop(0, 20, fixed_point, jnp.ones_like(log))
+        return cls(log=jax.lax.fori_loop(0, 30, newton, concentration) - 1)
+
+    def in_domain(self) -> Array:
+        return ((self.concentration > 0) & jnp.isfinite(self.log)).all(-1)
+
+    def fisher_solve(self, gradient) -> Self:
+        # with e = a ψ'(a) − 1 and p = α/α₀: 1 − ψ'(α₀) Σ 1/ψ'(α_k) = (1 + e₀) Σ p_k e_k/(1 + e_k) − e₀, for α₀ large
+        concentration, total = self.concentration, self.concentration.sum(-1, keepdims=True)
+        excess, excess_total = trigamma_excess(concentration), trigamma_excess(total)
+        inverse, share = concentration / (1 + excess), concentration / total / (1 + excess)
+        direct = 1 - (1 + excess_total) * share.sum(-1, keepdims=True)
+        rest = (1 + excess_total) * (share * excess).sum(-1, keepdims=True) - excess_total
+        scaled = inverse * gradient.log
+        correction = (1 + excess_total) * scaled.sum(-1, keepdims=True) / jnp.where(total > 1, rest, direct)
+        return type(self)(log=scaled + correction * share)
+
+    def sigma_points(self, signs: Array) -> Array:
+        return jnp.exp(log_sigma_points(self.concentration, signs))
+
+    @classmethod
+    def along(cls, values: Array, gradients: Array) -> Array:
+        """z_k (f'_k − Σ_j z_j f'_j), the derivative with respect to the logits."""
+        return values * (gradients - (values * gradients).sum(-1, keepdims=True))
+
+    @classmethod
+    def match(cls, values: Array, gradients: Array, signs: Array) -> Self:
+        # along the simplex the derivative is c_k − z_k c₀ with c₀ = Σ c_k
+        (up, down), (high, low) = at_both(cls.along(values, gradients), signs), at_both(values, signs)
+        width = high - low
+        total = -((up - down) * width).sum(-1, keepdims=True) / (width**2).sum(-1, keepdims=True)
+        return cls(log=(up + down) / 2 + total * (high + low) / 2)
+
+
+def log_sigma_points(concentration: Array, signs: Array) -> Array:
+    """log z of the two points, [R, *batch, K]."""
+    center = digamma(concentration) - digamma(concentration.sum(-1, keepdims=True))
+    alternating = jnp.where(jnp.arange(concentration.shape[-1]) % 2 == 0, 1.0, -1.0).astype(center.dtype)
+    direction = alternating / (concentration / concentration.max(-1, keepdims=True)) ** 0.5
+    direction = direction / jnp.abs(direction).max(-1, keepdims=True)
+
+    def normalizers(spread: Array) -> tuple[Array, Array]:
+        spread = spread[..., None]
+        return logsumexp(center + spread * direction, -1), logsumexp(center - spread * direction, -1)
+
+    def excess(spread: Array) -> Array:
+        return jnp.stack(normalizers(spread)).mean(0)
+
+    # convex, even and increasing: Newton's method from the right of the root comes down to it
+    def newton(_: int, spread: Array) -> Array:
+        value, slope = jax.jvp(excess, (spread,), (jnp.ones_like(spread),))
+        return jnp.maximum(spread - value / slope, smallest_spread(spread.dtype))
+
+    first, second = center[..., 0], center[..., 1]
+    gap = jnp.abs(direction[..., 0]) + jnp.abs(direction[..., 1])
+    start = -(first + second) / gap
+    spread = jax.lax.fori_loop(0, 40, newton, start)
+    up, down = normalizers(spread)
+    normalizer = jnp.where(signs[..., 0] > 0, up, down)
+    return center + signs * spread[..., None] * direction - normalizer[..., None]
+
+
+def _inverse_digamma(value: Array) -> Array:
+    """Newton's method from Minka's start."""
+    result = jnp.where(value >= -2.22, jnp.exp(value) + 0.5, -1 / (value - digamma(jnp.ones_like(value))))
+    for _ in range(5):
+        result = result - (digamma(result) - value) / polygamma(1, result)
+    return result
