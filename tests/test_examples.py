@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 FRAMEWORKS = {"numpyro": ("jax", "numpyro"), "pyro": ("torch", "pyro")}
 # those of which one model is enough at every run; the others are run with `-m slow`
-QUICK = ("longley",)
+QUICK = ("counts", "longley")
+ARGUMENTS = {"streaming": ("--refits", "2")}
 SCRIPTS = [
     pytest.param(path, id=f"{path.parent.name}/{path.stem}", marks=[] if path.stem in QUICK else pytest.mark.slow)
     for path in sorted(EXAMPLES.glob("*/[!_]*.py"))
@@ -38,8 +39,8 @@ def run(script: Path, *arguments: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_example_runs_and_finds_its_answer(script, tmp_path):
-    need("statsmodels", "sklearn", *FRAMEWORKS[script.parent.name])
-    assert run(script, folder=tmp_path).strip(), "it says what it found"
+    need("matplotlib", "rich", "statsmodels", "sklearn", *FRAMEWORKS[script.parent.name])
+    assert run(script, *ARGUMENTS.get(script.stem, ()), folder=tmp_path).strip(), "it says what it found"
 
 
 @pytest.mark.parametrize("host", FRAMEWORKS)

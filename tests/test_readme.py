@@ -1,4 +1,4 @@
-"""The README's first program runs as it stands, and lands on the posterior that it says it does."""
+"""The README's programs run as they stand, and land on the posteriors that they say they do."""
 
 import re
 import subprocess
@@ -17,8 +17,49 @@ np.testing.assert_allclose(guide.get_posterior(result.params).loc, exact, rtol=1
 """
 
 
+CONJUGATE = """
+posterior = guide.posterior(result.params)["rate"]
+np.testing.assert_allclose([posterior.concentration, posterior.rate], [19, 4.5], rtol=1e-5)  # float32
+"""
+REGISTERED = """
+import jax
+import numpy as np
+import numpyro
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro_blr import BLR, AutoExponentialFamily
+
+def model():
+    scale = numpyro.sample("scale", dist.HalfNormal(2.0))
+    numpyro.factor("more", -3 * scale**2)
+
+guide = AutoExponentialFamily(model)
+result = SVI(model, guide, BLR(), Trace_ELBO()).run(jax.random.key(0), 1, progress_bar=False)
+np.testing.assert_allclose(guide.natural(result.params)["scale"].quadratic, -1 / 8 - 3, rtol=1e-5)
+"""
+
+
+def programs() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def run(program: str) -> None:
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, timeout=120)
+
+
+def test_a_conjugate_model_is_solved_in_one_step():
+    pytest.importorskip("numpyro")
+    (program,) = (program for program in programs() if "dist.Poisson" in program)
+    run(program + "\nimport numpy as np\n" + CONJUGATE)
+
+
+def test_a_family_of_ones_own_is_used_by_the_guide_and_found_conjugate():
+    pytest.importorskip("numpyro")
+    (program,) = (program for program in programs() if "@family" in program)
+    run(program + REGISTERED)
+
+
 def test_the_quickstart_is_the_exact_posterior():
     pytest.importorskip("numpyro")
-    program = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[0]
+    program = programs()[0]
     assert "BLR()" in program
-    subprocess.run([sys.executable, "-c", program + CHECK], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    run(program + CHECK)

@@ -26,11 +26,13 @@ class Draws(NamedTuple):
         number: [S], which noise; the objective turns it into ε.
         sign: [S], +1 for the first half and −1 for the second.
         probes: [S, D] Rademacher vectors for curvature products, or None where no estimator asks for them.
+        members: the values of sites outside the Gaussian, each with S in front; passed through to the objective.
     """
 
     number: Array
     sign: Array
     probes: Array | None
+    members: Any = None
 
 
 class Extras(NamedTuple):
@@ -41,11 +43,13 @@ class Extras(NamedTuple):
         weight: [D], the factor with which each coordinate's entropy enters this loss: 1, N/M for a row of a
             subsampled plate that is in the batch, 0 for one that is not; None where all are 1.
         minibatch: whether a plate is subsampled, so that the loss is itself a random function from step to step.
+        coverage: the same factor for each cell of each site outside the Gaussian, by name.
     """
 
     aux: Any
     weight: Array | None = None
     minibatch: Any = False
+    coverage: Any = None
 
 
 Objective = Callable[[Array, tuple[Array | None, ...], Any, Any], tuple[Array, Extras]]

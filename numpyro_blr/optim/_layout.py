@@ -1,4 +1,4 @@
-"""Which parameters of a NumPyro guide are which coordinates of a Gaussian.
+"""Which parameters of a NumPyro guide are which natural parameters.
 
 `SVI` tells an optimizer the names and values of the parameters, and not which one is the location of which site.
 `recognise` asks the guide itself: it runs the guide once with random parameter values and looks for them in the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,9 +23,26 @@ from numpyro.distributions import biject_to, constraints
 from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer import SVI
 
-from ..families import Block, Structure
+from ..families import Block, MultivariateNormalNatural, Natural, Structure, family_of, natural_of
 
-__all__ = ["Layout", "Site", "gather", "recognise", "scatter", "subsampled", "unwrap"]
+__all__ = [
+    "Layout",
+    "Member",
+    "Site",
+    "gather",
+    "gather_members",
+    "joined",
+    "natural_rows",
+    "recognise",
+    "rows_of",
+    "scatter",
+    "scatter_members",
+    "subsampled",
+    "unwrap",
+]
+
+
+JOINT = "natural_component"  # what a site's `infer` calls (parameter, index) where it is a component of a joint family
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +55,7 @@ class Site:
         loc, scale: names of its parameters; `scale` is None where the covariance is not a parameter of its own.
         block: its coordinates.
         constraint: of the scale parameter; SVI keeps parameters unconstrained.
+        family: of the parameter, where it is one of natural parameters, that both `loc` and `scale` name.
     """
 
     name: str = field(metadata={"static": True})
@@ -45,14 +63,47 @@ class Site:
     scale: str | None = field(metadata={"static": True})
     block: Block = field(metadata={"static": True})
     constraint: Any
+    family: type[Natural] | None = field(metadata={"static": True}, default=None)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Member:
+    """A sample site of the guide whose natural parameters are parameters, or follow from parameters.
+
+    Attributes:
+        name: of the sample site; of a joint family, of the parameter.
+        sites: the sample sites whose values a value of the family splits into.
+        family: its class of natural parameters.
+        params: the one parameter that holds natural parameters, or those of the host's distribution.
+        keys: their names in the host's distribution; none for natural parameters.
+        distribution: the host's class, made of `params`.
+        plates: (name, axis of the batch, full size) of each plate around it.
+        local: whether one of the plates is subsampled.
+        constraints: of `params`.
+    """
+
+    name: str = field(metadata={"static": True})
+    sites: tuple[str, ...] = field(metadata={"static": True})
+    family: type[Natural] = field(metadata={"static": True})
+    params: tuple[str, ...] = field(metadata={"static": True})
+    keys: tuple[str, ...] = field(metadata={"static": True})
+    distribution: type = field(metadata={"static": True})
+    plates: tuple[tuple[str, int, int], ...] = field(metadata={"static": True})
+    local: bool = field(metadata={"static": True})
+    constraints: tuple[Any, ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Layout:
-    """Every recognised site, and the names of the parameters that belong to none."""
+    """Every recognised site, and the names of the parameters that belong to none.
+
+    `sites` share one Gaussian over all their coordinates, `members` have natural parameters of their own.
+    """
 
     sites: tuple[Site, ...]
+    members: tuple[Member, ...]
     others: tuple[str, ...] = field(metadata={"static": True})
 
     @property
@@ -61,20 +112,26 @@ class Layout:
 
 
 def recognise(svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any], *, learned_scales_only: bool) -> Layout:
-    """The Gaussian sites of `svi.guide` and the parameters that feed them.
+    """The sites of `svi.guide` that are members of exponential families and the parameters that feed them.
 
     A parameter feeds an array if a random value given to the parameter comes back as that array, all of it or the
     rows of a subsampled plate. Derived arrays (a scale that is computed in the guide, a neural network's output) do
     not come back and are left to the other optimizer.
     """
-    guide_trace, fed, arrays = _probe(svi, args, {**kwargs, **svi.static_kwargs}, params)
-    found = []
+    guide_trace, fed, arrays, naturals = _probe(svi, args, {**kwargs, **svi.static_kwargs}, params)
+    found, members = [], _joint_members(guide_trace, params)
+    joint = {site for member in members for site in member.sites}
     for name, candidates in arrays.items():
         match = _match(name, unwrap(guide_trace[name]["fn"])[0], candidates, fed, guide_trace)
         if match is not None and not (learned_scales_only and match[1] is None):
             found.append((name, *match))
+    for name, natural in naturals.items():
+        member = _match_member(guide_trace[name], natural, arrays[name], fed, guide_trace)
+        if member is not None and name not in joint | {site for site, *_ in found}:
+            members.append(member)
 
     uses = Counter(param for _, loc, scale, _ in found for param in (loc, scale) if param is not None)
+    uses.update(param for member in members for param in member.params)
     sites, start = [], 0
     for name, loc, scale, structure in found:
         if uses[loc] > 1 or (scale is not None and uses[scale] > 1):
@@ -83,53 +140,159 @@ def recognise(svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any], *,
         constraint = None if scale is None else _constraint(guide_trace[scale])
         sites.append(Site(name=name, loc=loc, scale=scale, block=coordinates, constraint=constraint))
         start = coordinates.stop
+    members = [member for member in members if all(uses[param] == 1 for param in member.params)]
     claimed = {param for site in sites for param in (site.loc, site.scale)}
-    layout = Layout(tuple(sites), tuple(name for name in params if name not in claimed))
+    claimed |= {param for member in members for param in member.params}
+    layout = Layout(tuple(sites), tuple(members), tuple(name for name in params if name not in claimed))
     _report(layout, guide_trace)
     _check_particles(svi, layout, guide_trace)
     return layout
 
 
-def _probe(svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any]) -> tuple[dict, dict, dict]:
-    """The guide's trace, the random values that its parameters were given, and the arrays of its sample sites."""
+def _probe(svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any]) -> tuple[dict, dict, dict, dict]:
+    """The guide's trace, the random values that its parameters were given, and what its sample sites made of them.
+
+    These are the arrays of Gaussians, and the natural parameters of all members of a family.
+    """
     messages: dict[str, dict] = {}
 
-    def run(probes: dict[str, Array]) -> tuple[dict, dict]:
+    def run(probes: dict[str, Any]) -> tuple[dict, dict, dict]:
         messages.update(
             trace(substitute(seed(svi.guide, 0), substitute_fn=partial(_constrained, probes))).get_trace(
                 *args, **kwargs
             )
         )
         fed = {
-            name: _rows(message["value"], message, messages)
+            name: _fed_rows(message, messages)
             for name, message in messages.items()
             if message["type"] == "param" and name in probes
         }
-        arrays = {
-            name: {key: getattr(base, key) for key in _ARRAYS.get(type(base), ())}
+        bases = {
+            name: unwrap(message["fn"])[0]
             for name, message in messages.items()
             if message["type"] == "sample" and not message["is_observed"]
-            for base in [unwrap(message["fn"])[0]]
         }
-        return fed, arrays
+        naturals = {name: natural_of(base) for name, base in bases.items() if _has_family(base)}
+        keys = {name: [key for keys in natural.host_parameters for key in keys] for name, natural in naturals.items()}
+        arrays = {
+            name: {key: getattr(base, key) for key in _ARRAYS.get(type(base), keys.get(name, ()))}
+            for name, base in bases.items()
+        }
+        return fed, arrays, naturals
 
     generator = np.random.default_rng(0)
-    probes = {
-        name: generator.normal(scale=0.1, size=value.shape).astype(value.dtype)
-        for name, value in params.items()
-        if isinstance(value, jax.Array)
-    }
+    probes: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, Natural):
+            # towards zero along a ray, where every family's domain has its points
+            probes[name] = value * generator.uniform(0.5, 1.0)
+        elif isinstance(value, jax.Array):
+            probes[name] = generator.normal(scale=0.1, size=value.shape).astype(value.dtype)
     # compiled ahead of time, so that the values are concrete even where SVI.init itself is being traced by jit or vmap
     with block():
         compiled = jax.jit(run).lower(probes).compile()
-    fed, arrays = compiled(probes)
-    return messages, fed, arrays
+    return messages, *compiled(probes)
 
 
-def _constrained(probes: dict[str, Array], message: dict) -> Array | None:
+def _has_family(base: Any) -> bool:
+    return family_of(type(base), default=None) is not None
+
+
+def _constrained(probes: dict[str, Any], message: dict) -> Any:
     if message["type"] != "param" or message["name"] not in probes:
         return None
-    return biject_to(_constraint(message))(probes[message["name"]])
+    probe = probes[message["name"]]
+    return probe if isinstance(probe, Natural) else biject_to(_constraint(message))(probe)
+
+
+def _match_member(
+    message: dict, natural: Natural, arrays: dict[str, Array], fed: dict[str, Any], guide_trace: dict
+) -> Member | None:
+    """The site as a member of a family, if all that determines it comes from parameters."""
+    fn = message["fn"]
+    base, transforms = unwrap(fn)
+    if transforms or base.shape() != _base_value_shape(message):
+        return None  # one member for many draws of a plate is no batch of its own
+    sources = _natural_source(natural, fed) or _host_sources(type(natural), arrays, fed, guide_trace)
+    if sources is None:
+        return None
+    params, keys = sources
+    return Member(
+        name=message["name"],
+        sites=(message["name"],),
+        family=type(natural),
+        params=params,
+        keys=keys,
+        distribution=type(base),
+        plates=plates_of(message, guide_trace),
+        local=bool(subsampled(message, guide_trace)),
+        constraints=tuple(_constraint(guide_trace[param]) for param in params),
+    )
+
+
+def _joint_members(guide_trace: dict, params: Mapping[str, Any]) -> list[Member]:
+    """The members of joint families, whose sites say of which parameter they are which component (`JOINT`)."""
+    components: dict[str, dict[int, dict]] = {}
+    for message in guide_trace.values():
+        if message["type"] == "sample" and JOINT in message["infer"]:
+            param, index = message["infer"][JOINT]
+            components.setdefault(param, {})[index] = message
+    members = []
+    for param, messages in components.items():
+        sites = tuple(messages[index]["name"] for index in sorted(messages))
+        members.append(
+            Member(
+                name=param,
+                sites=sites,
+                family=type(params[param]),
+                params=(param,),
+                keys=(),
+                distribution=type(params[param].to_distribution()),
+                plates=plates_of(messages[0], guide_trace),
+                local=bool(subsampled(messages[0], guide_trace)),
+                constraints=(constraints.real,),
+            )
+        )
+    return members
+
+
+def plates_of(message: dict, guide_trace: dict) -> tuple[tuple[str, int, int], ...]:
+    """(name, axis of the batch, full size) of each plate around a sample site."""
+    rank = len(message["fn"].batch_shape)
+    frames = [frame for frame in message["cond_indep_stack"] if frame.name in guide_trace]
+    return tuple((frame.name, frame.dim + rank, guide_trace[frame.name]["args"][0]) for frame in frames)
+
+
+def _natural_source(natural: Natural, fed: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    for param, value in fed.items():
+        # both by way of the host, which normalises where a family's λ is determined up to a constant
+        if type(value) is type(natural) and _same(natural_of(value.to_distribution()).flat(), natural.flat()):
+            return (param,), ()
+    return None
+
+
+def _host_sources(
+    family: type[Natural], arrays: dict[str, Array], fed: dict[str, Any], guide_trace: dict
+) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """The parameters that feed all parameters of the host's distribution, in one of the ways that it has."""
+    for keys in family.host_parameters:
+        params = tuple(_source(arrays[key], fed) for key in keys if key in arrays)
+        shapes = {jnp.shape(guide_trace[param]["value"]) for param in params if param is not None}
+        if len(params) == len(keys) and None not in params and len(shapes) == 1:
+            return params, keys  # type: ignore[return-value]
+    return None
+
+
+def _source(array: Array, fed: dict[str, Any]) -> str | None:
+    for param, value in fed.items():
+        if not isinstance(value, Natural) and _same(value, array):
+            return param
+    return None
+
+
+def _same(value: Array, other: Array) -> bool:
+    # equal but for the rounding of a fused computation; the probes are random, so nothing else is this close
+    return value.shape == other.shape and np.allclose(value, other, rtol=1e-5, atol=0)
 
 
 def _match(
@@ -138,11 +301,7 @@ def _match(
     """(loc, scale, structure) of a site fed by parameters."""
 
     def source(key: str) -> str | None:
-        for param, value in fed.items():
-            # equal but for the rounding of a fused computation; the probes are random, so nothing else is this close
-            if value.shape == arrays[key].shape and np.allclose(value, arrays[key], rtol=1e-5, atol=0):
-                return param
-        return None
+        return _source(arrays[key], fed)
 
     if isinstance(base, dist.Delta):
         loc = source("v")
@@ -198,16 +357,27 @@ def subsampled(message: dict, guide_trace: dict) -> list[tuple[int, int, Array]]
     return [(frame.dim, plate["args"][0], plate["value"]) for frame, plate in plates if frame.size != plate["args"][0]]
 
 
-def _rows(value: Array, message: dict, guide_trace: dict) -> Array:
-    """The rows of a parameter that a subsampled plate lets through, as `numpyro.plate` takes them."""
-    event_dim = message["kwargs"].get("event_dim")
-    if event_dim is None:
-        return value
-    for dim, size, indices in subsampled(message, guide_trace):
+def _fed_rows(message: dict, guide_trace: dict) -> Any:
+    """The rows of a parameter that the subsampled plates let through, as `numpyro.plate` takes them."""
+    value, event_dim = message["value"], message["kwargs"].get("event_dim")
+    if isinstance(value, Natural):
+        return natural_rows(value, subsampled(message, guide_trace))
+    return value if event_dim is None else rows_of(value, event_dim, subsampled(message, guide_trace))
+
+
+def rows_of(value: Array, event_dim: int, frames: list[tuple[int, int, Array]]) -> Array:
+    """The rows of an array in the subsampled plates `frames`, as `subsampled` gives them."""
+    for dim, size, indices in frames:
         axis = dim - event_dim
         if value.ndim >= -axis and value.shape[axis] == size:
             value = jnp.take(value, indices, axis)
     return value
+
+
+def natural_rows(natural: Natural, frames: list[tuple[int, int, Array]]) -> Natural:
+    """The rows of a batch of natural parameters."""
+    leaves = zip(vars(natural).values(), natural.ranks, strict=True)
+    return type(natural)(*(rows_of(leaf, rank, frames) for leaf, rank in leaves))
 
 
 def _report(layout: Layout, guide_trace: dict) -> None:
@@ -216,16 +386,16 @@ def _report(layout: Layout, guide_trace: dict) -> None:
         for name, message in guide_trace.items()
         if message["type"] == "sample" and not message["is_observed"]
     }
-    if not layout.sites:
+    if not layout.sites and not layout.members:
         described = ", ".join(f"'{name}': {type(fn).__name__}" for name, fn in sites.items()) or "no site at all"
         raise ValueError(
-            "BLR expected a guide with a Normal, MultivariateNormal or Delta site whose loc (and scale or scale_tril) "
-            f"are parameters; the guide has {described}. "
-            "Use AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, or numpyro.optim.Adam for this guide."
+            "BLR expected a guide with sites of exponential families (Normal, MultivariateNormal, Delta, Gamma, Beta, "
+            f"Dirichlet, Categorical, ...) whose parameters are parameters; the guide has {described}. Use AutoNormal, "
+            "AutoMultivariateNormal or AutoExponentialFamily, or numpyro.optim.Adam for this guide."
         )
     if layout.others:
         warnings.warn(
-            f"BLR: the parameters {', '.join(layout.others)} belong to no Gaussian site that BLR recognises; they are "
+            f"BLR: the parameters {', '.join(layout.others)} belong to no site that BLR recognises; they are "
             "updated by `others` (numpyro.optim.Adam(1e-3) unless given) from the same gradients.",
             stacklevel=5,
         )
@@ -233,6 +403,7 @@ def _report(layout: Layout, guide_trace: dict) -> None:
 
 def _check_particles(svi: SVI, layout: Layout, guide_trace: dict) -> None:
     local = [site.name for site in layout.sites if subsampled(guide_trace[site.name], guide_trace)]
+    local += [site for member in layout.members if member.local for site in member.sites]
     if local and svi.loss.num_particles > 1:
         raise ValueError(
             f"The latent sites {', '.join(local)} lie in a subsampled plate: every particle would see other rows. "
@@ -240,13 +411,18 @@ def _check_particles(svi: SVI, layout: Layout, guide_trace: dict) -> None:
         )
 
 
-def gather(layout: Layout, params: Mapping[str, Array]) -> tuple[Array, tuple[Array | None, ...]]:
-    """The concatenated mean [D] and each site's scale, from SVI's unconstrained parameters."""
-    loc = jnp.concatenate([jnp.ravel(params[site.loc]) for site in layout.sites])
-    scales = tuple(
-        None if site.scale is None else biject_to(site.constraint)(params[site.scale]) for site in layout.sites
-    )
-    return loc, scales
+def gather(layout: Layout, params: Mapping[str, Any]) -> tuple[Array, tuple[Array | None, ...]]:
+    """The concatenated mean [D] of the sites and each site's scale, from SVI's unconstrained parameters."""
+    locs, scales = [], []
+    for site in layout.sites:
+        if site.family is not None:
+            distribution = params[site.loc].to_distribution()
+            locs.append(distribution.loc)
+            scales.append(distribution.scale if site.block.structure == "diagonal" else distribution.scale_tril)
+            continue
+        locs.append(params[site.loc])
+        scales.append(None if site.scale is None else biject_to(site.constraint)(params[site.scale]))
+    return jnp.concatenate([jnp.ravel(loc) for loc in locs] or [jnp.zeros(0)]), tuple(scales)
 
 
 def scatter(layout: Layout, loc: Array, scales: tuple[Array | None, ...], params: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,17 +430,70 @@ def scatter(layout: Layout, loc: Array, scales: tuple[Array | None, ...], params
     result = dict(params)
     for site, scale in zip(layout.sites, scales, strict=True):
         value = loc[site.block.start : site.block.stop].reshape(site.block.shape)
+        if site.family is not None:
+            dense = site.block.structure == "dense"
+            distribution = dist.MultivariateNormal(value, scale_tril=scale) if dense else dist.Normal(value, scale)
+            result[site.loc] = jax.tree.map(
+                lambda new, old: new.astype(old.dtype), site.family.from_distribution(distribution), params[site.loc]
+            )
+            continue
         result[site.loc] = value.astype(params[site.loc].dtype)
         if site.scale is not None:
             result[site.scale] = biject_to(site.constraint).inv(scale).astype(params[site.scale].dtype)
     return result
 
 
+def gather_members(layout: Layout, params: Mapping[str, Any]) -> dict[str, Natural]:
+    """λ of every member, by site."""
+    naturals = {}
+    for member in layout.members:
+        if not member.keys:
+            naturals[member.name] = params[member.params[0]]
+            continue
+        values = {
+            key: biject_to(constraint)(params[param])
+            for key, param, constraint in zip(member.keys, member.params, member.constraints, strict=True)
+        }
+        naturals[member.name] = natural_of(member.distribution(**values))
+    return naturals
+
+
+def scatter_members(layout: Layout, naturals: Mapping[str, Natural], params: Mapping[str, Any]) -> dict[str, Any]:
+    """`params` with the members' in place; the inverse of `gather_members`."""
+    result = dict(params)
+    for member in layout.members:
+        natural = naturals[member.name]
+        if not member.keys:
+            result[member.params[0]] = natural
+            continue
+        distribution = natural.to_distribution()
+        for key, param, constraint in zip(member.keys, member.params, member.constraints, strict=True):
+            value = biject_to(constraint).inv(getattr(distribution, key))
+            result[param] = value.astype(params[param].dtype)
+    return result
+
+
+def joined(layout: Layout, names: Collection[str], params: Mapping[str, Any]) -> Layout:
+    """The layout in which the Gaussian members `names` share the Gaussian of the sites."""
+    sites, start = list(layout.sites), sum(site.block.size for site in layout.sites)
+    for member in layout.members:
+        if member.name not in names:
+            continue
+        param = member.params[0]
+        dense = member.family is MultivariateNormalNatural
+        shape = params[param].linear.shape
+        block = Block(start=start, shape=shape, structure="dense" if dense else "diagonal")
+        sites.append(Site(member.name, param, param, block, member.constraints[0], member.family))
+        start = block.stop
+    rest = tuple(member for member in layout.members if member.name not in names)
+    return Layout(tuple(sites), rest, layout.others)
+
+
 def unwrap(fn: Any) -> tuple[Any, tuple]:
     """The distribution under masks, expansions, `to_event` and transforms, with the transforms in order."""
     transforms: tuple = ()
     while True:
-        if isinstance(fn, dist.TransformedDistribution) and not isinstance(fn, dist.MultivariateNormal):
+        if isinstance(fn, dist.TransformedDistribution) and not _has_family(fn):
             transforms = (*fn.transforms, *transforms)
             fn = fn.base_dist
         elif isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):

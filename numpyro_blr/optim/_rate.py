@@ -42,13 +42,13 @@ class RateState:
         rate: the rate that the next step tries first.
         noisy_steps: n, steps so far whose residual was inside its own Monte Carlo error.
         rejected: steps so far of which no proposal was accepted.
-        last_gradient: E_q[g] of the step before, [D].
+        last_gradient: E_q[g] of the step before, [D]; a direction in λ for a member of another family.
     """
 
     rate: Array
     noisy_steps: Array
     rejected: Array
-    last_gradient: Array
+    last_gradient: Any
 
 
 def init(loc: Array) -> RateState:
@@ -61,32 +61,32 @@ def init(loc: Array) -> RateState:
 
 
 def search(
-    state: RateState, estimate: Estimate, precision: Precision, propose: Callable[[Array], tuple[Any, Array]]
+    state: RateState, losses: Array, noisy: Array, gradient: Any, propose: Callable[[Array], tuple[Any, Array]]
 ) -> tuple[RateState, Any, Array]:
     """The accepted proposal.
 
     Args:
-        propose: rate -> (proposal, losses [S] of the proposal at the draws of `estimate`).
+        losses: [S], where the step starts.
+        noisy: whether the natural gradient tells nothing but noise.
+        gradient: kept for the next step.
+        propose: rate -> (proposal, losses [S] of the proposal at the same draws).
 
     Returns:
         the next rate state, the last proposal made, and whether it was accepted.
     """
-    noisy = inside_noise(estimate, precision) | (
-        jnp.asarray(estimate.extras.minibatch) & opposed(estimate, precision, state.last_gradient)
-    )
     noisy_steps = state.noisy_steps + noisy.astype(jnp.int32)
     first_rate = jnp.minimum(state.rate, 2 / (noisy_steps.astype(state.rate.dtype) + 2))
 
     def attempt(carry):
         tries, rate, _, _ = carry
         rate = jnp.where(tries == 0, rate, CUT * rate)
-        proposal, losses = propose(rate)
-        return tries + 1, rate, proposal, not_worse(estimate.losses, losses)
+        proposal, proposed = propose(rate)
+        return tries + 1, rate, proposal, not_worse(losses, proposed)
 
     # `propose` is traced once, inside the loop; the placeholder only gives the carry its shape.
     placeholder = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(propose, first_rate)[0])
     tries, rate, proposal, accepted = lax.while_loop(
-        lambda carry: ~carry[3] & (carry[0] < MAX_PROPOSALS) & jnp.isfinite(estimate.loss),
+        lambda carry: ~carry[3] & (carry[0] < MAX_PROPOSALS) & jnp.isfinite(losses).all(),
         attempt,
         (jnp.zeros((), jnp.int32), first_rate, placeholder, jnp.zeros((), bool)),
     )
@@ -96,7 +96,7 @@ def search(
         rate=next_rate,
         noisy_steps=noisy_steps,
         rejected=state.rejected + (~accepted).astype(jnp.int32),
-        last_gradient=estimate.gradient,
+        last_gradient=gradient,
     )
     return next_state, proposal, accepted
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,17 @@ from numpyro.optim import _NumPyroOptim
 from numpyro.primitives import Messenger
 
 from ..gradients import Draws, Extras, Objective
-from ._layout import Layout, Site, scatter, subsampled, unwrap
+from ._layout import Layout, Member, Site, rows_of, scatter, subsampled, unwrap
 
 __all__ = [
+    "Members",
     "Redraw",
     "calling_svi",
     "check_loss",
     "check_params",
     "checked_state",
     "host_optimizer",
+    "loss_of",
     "objective_of",
     "report_skipped",
     "standard_normal",
@@ -107,10 +109,36 @@ def host_optimizer(others: Any) -> _NumPyroOptim:
     raise TypeError(f"others must be a numpyro.optim or an optax optimizer, got {others!r}.")
 
 
+def loss_of(svi: SVI, args: tuple, kwargs: dict) -> Callable:
+    """SVI's loss before its first step, as the function of the unconstrained parameters that it hands an optimizer."""
+
+    def fn(params: Mapping[str, Any]) -> tuple[Array, None]:
+        constrained = svi.constrain_fn(params)
+        key = random.key(0)
+        return svi.loss.loss(key, constrained, svi.model, svi.guide, *args, **kwargs, **svi.static_kwargs), None
+
+    return fn
+
+
+class Members(NamedTuple):
+    """What one evaluation of the loss is given for the sites outside the Gaussian, by name.
+
+    Attributes:
+        values: of each site, over all rows of its plates.
+        weights: of each cell of a site's plates, or of a plate, factors of the terms of the loss within those plates.
+        factors: of each of the model's own sites, factors of its term of the loss.
+    """
+
+    values: dict[str, Array]
+    weights: dict[str, Array]
+    factors: dict[str, Array] | None = None
+
+
 def objective_of(fn: Callable, layout: Layout, params: Mapping[str, Any]) -> Objective:
-    """SVI's loss as a function of (mean, scales, others) at noise that the caller chooses.
+    """SVI's loss as a function of (mean, scales, others) at noise and at values of the members that the caller chooses.
 
     `fn` closes over one random key, so all evaluations see the same minibatch, and the same noise for the same draw.
+    A member's own log q is no part of it: what is left of the loss is its −log p.
     """
 
     def objective(loc: Array, scales: tuple[Array | None, ...], others: Mapping[str, Any], draw: Draws | None):
@@ -118,24 +146,34 @@ def objective_of(fn: Callable, layout: Layout, params: Mapping[str, Any]) -> Obj
         redraw = Redraw(layout, draw)
         with redraw:
             loss, aux = fn(values)
-        return loss, Extras(aux, redraw.weight(loc), jnp.asarray(redraw.minibatch))
+        return loss, Extras(aux, redraw.weight(loc), jnp.asarray(redraw.minibatch), redraw.coverage)
 
     return objective
 
 
 class Redraw(Messenger):
-    """Replaces the value that the guide draws at each recognised site by loc ± C ε, with ε the draw's own noise.
+    """Replaces the value that the guide draws at each recognised site by one of ours.
 
-    Noise k of a site is a function of the key that the host gives the site and of k: particles, which have keys of
-    their own, keep draws of their own. With `draw=None` the host's values stay, and only the weights are noted.
+    A site of the Gaussian gets loc ± C ε, with ε the draw's own noise: noise k of a site is a function of the key that
+    the host gives the site and of k, so that particles, which have keys of their own, keep draws of their own. With
+    `draw=None` the host's values stay, and only the weights are noted. A member gets the draw's value for it, by a
+    distribution without a density of its own.
     """
 
     def __init__(self, layout: Layout, draw: Draws | None) -> None:
         super().__init__(None)
         self.sites = {site.name: site for site in layout.sites}
+        self.members = {member.name: member for member in layout.members}
+        self.components = {
+            site: (member, index) for member in layout.members for index, site in enumerate(member.sites)
+        }
         self.draw = draw
+        given = None if draw is None else draw.members
+        members: Members = Members({}, {}) if given is None else given
+        self.values, self.cell_weights, self.factors = members
         self.plates: dict[str, dict] = {}
         self.weights: dict[str, Any] = {}
+        self.coverage: dict[str, Array] = {}
         self.minibatch = False
 
     def process_message(self, msg: dict) -> None:
@@ -143,10 +181,48 @@ class Redraw(Messenger):
             self.plates[msg["name"]] = msg
             size, subsample_size = msg["args"]
             self.minibatch |= subsample_size is not None and subsample_size < size
-        if msg["type"] != "sample" or msg["name"] not in self.sites or msg["value"] is not None:
-            return  # in the model the value is there already, replayed from the guide
-        site = self.sites[msg["name"]]
-        self.weights[site.name] = _entropy_weight(site, msg, self.plates)
+        if msg["type"] != "sample":
+            return
+        if msg["value"] is not None:
+            self._weigh(msg)  # a term of the model; its latents have their values already, replayed from the guide
+        elif msg["name"] in self.components and self.values:
+            self._give(msg, *self.components[msg["name"]])
+        elif msg["name"] in self.sites:
+            self._draw(msg, self.sites[msg["name"]])
+
+    def _give(self, msg: dict, member: Member, index: int) -> None:
+        value = self.values[member.name]
+        shape = value.shape[: value.ndim - member.family.value_rank]
+        scale = _entropy_weight(shape, msg, self.plates)
+        # TraceGraph_ELBO runs the guide a second time, for its dependencies, and only the first run's values are ours
+        self.coverage.setdefault(member.name, jnp.broadcast_to(1.0 if scale is None else scale, shape))
+        rows = rows_of(member.family.split(value)[index], len(msg["fn"].event_shape), subsampled(msg, self.plates))
+        msg["value"] = rows
+        msg["fn"] = dist.Delta(rows, event_dim=len(msg["fn"].event_shape))
+        self._weigh(msg)
+
+    def _weigh(self, msg: dict) -> None:
+        frames = {frame.name: frame for frame in msg["cond_indep_stack"]}
+        weights = [] if self.factors is None or msg["name"] not in self.factors else [self.factors[msg["name"]]]
+        for name, weight in self.cell_weights.items():
+            plates = self.members[name].plates if name in self.members else ((name, 0, len(weight)),)
+            if not all(plate in frames for plate, _, _ in plates):
+                continue
+            for plate, axis, size in plates:
+                if frames[plate].size != size:
+                    weight = jnp.take(weight, self.plates[plate]["value"], axis)
+            outer_first = sorted(plates, key=lambda plate: frames[plate[0]].dim)
+            weight = jnp.transpose(weight, [axis for _, axis, _ in outer_first])
+            shape = [1] * max((-frames[plate].dim for plate, _, _ in plates), default=0)
+            for (plate, _, _), size in zip(outer_first, weight.shape, strict=True):
+                shape[frames[plate].dim] = size
+            weights.append(weight.reshape(shape))
+        for weight in weights:
+            msg["scale"] = weight if msg["scale"] is None else weight * msg["scale"]
+
+    def _draw(self, msg: dict, site: Site) -> None:
+        self.weights.setdefault(site.name, _entropy_weight(site.block.shape, msg, self.plates))
+        self._weigh(msg)  # an analytic KL takes its scale from the guide; elsewhere the weights average to one
         if self.draw is None or site.block.structure == "point":
             return
         base, transforms = unwrap(msg["fn"])
@@ -176,15 +252,14 @@ def standard_normal(rng_key: Array, number: Array, shape: tuple[int, ...], dtype
     return random.normal(random.fold_in(rng_key, number), shape, dtype)
 
 
-def _entropy_weight(site: Site, message: dict, plates: dict[str, dict]) -> Any:
-    """The scale of the site in the loss, spread over the rows of the parameter that the batch covers."""
+def _entropy_weight(shape: tuple[int, ...], message: dict, plates: dict[str, dict]) -> Any:
+    """The scale of the site in the loss, spread over the rows of its parameter, of shape `shape`, in the batch."""
     frames = subsampled(message, plates)
     if not frames:
         return message["scale"]
-    event_dim = len(site.block.shape) - len(message["fn"].batch_shape)
-    weight = jnp.ones(site.block.shape)
+    weight = jnp.ones(shape)
     for dim, size, indices in frames:
-        axis = dim - event_dim + len(site.block.shape)
+        axis = dim + len(message["fn"].batch_shape)
         covered = jnp.zeros(size).at[indices].set(1.0)
         weight = weight * covered.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
     return weight * (1.0 if message["scale"] is None else message["scale"])

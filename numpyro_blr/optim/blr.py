@@ -15,7 +15,7 @@ Paper's symbols: ρ = `learning_rate`, m = `loc`, S = `precision`, τ = `tempera
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,15 +25,24 @@ import numpyro.optim
 from jax import Array
 from numpyro.infer import SVI
 
-from ..families import Block, DensePrecision, DiagonalPrecision, Precision
-from ..gradients import Draws, Estimate, Objective, hessian, hutchinson, reparameterized
-from . import _options, _rate, _svi
-from ._layout import Layout, gather, recognise, scatter
+from ..families import (
+    Block,
+    DensePrecision,
+    DiagonalPrecision,
+    MultivariateNormalNatural,
+    NormalNatural,
+    Precision,
+)
+from ..gradients import Draws, Estimate, Extras, Objective, hessian, hutchinson, reparameterized
+from . import _options, _rate, _svi, _sweep
+from ._conjugacy import are_jointly_quadratic, find_roles
+from ._layout import Layout, gather, gather_members, joined, recognise, scatter, scatter_members
 
 __all__ = ["BLR", "OptState", "State", "init", "step"]
 
 MAX_DENSE_DIMENSION = 256
 UNLEARNED_SCALE = 0.1
+GAUSSIANS = (NormalNatural, MultivariateNormalNatural)
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +114,12 @@ def step(
         return (loc, precision), jax.vmap(lambda draw: objective(loc, proposed_scales, others, draw)[0])(draws)
 
     if learning_rate is None:
-        rate, (loc, precision), moved = _rate.search(state.rate, estimate, state.precision, propose_and_evaluate)
+        noisy = _rate.inside_noise(estimate, state.precision) | (
+            jnp.asarray(estimate.extras.minibatch) & _rate.opposed(estimate, state.precision, state.rate.last_gradient)
+        )
+        rate, (loc, precision), moved = _rate.search(
+            state.rate, estimate.losses, noisy, estimate.gradient, propose_and_evaluate
+        )
     else:
         rate, (loc, precision) = state.rate, propose(learning_rate)
         usable &= all_finite(loc, precision, scales_of(precision, blocks, state.radius))
@@ -179,15 +193,26 @@ class OptState:
 
     Attributes:
         params: all parameters by name, in SVI's unconstrained coordinates.
-        gaussian: the rule's own state.
+        gaussian: the state of the Gaussian over the layout's sites; None where there are none.
+        members: the state of the rule for the layout's members.
         others: state of the optimizer of the other parameters.
-        layout: which parameter is which coordinate of the Gaussian.
+        layout: which parameter is which coordinate of the Gaussian, or of a member.
+        roles: how each member takes part, in the order of a sweep.
     """
 
     params: dict[str, Any]
-    gaussian: State
+    gaussian: State | None
+    members: _sweep.Sweep
     others: Any
     layout: Layout
+    roles: tuple[_sweep.Role, ...] = field(metadata={"static": True})
+
+    @property
+    def skipped(self) -> Array:
+        """Steps so far in which something was not finite and left the Gaussian, or a member, as it was."""
+        return (
+            self.members.skipped if self.gaussian is None else jnp.maximum(self.members.skipped, self.gaussian.skipped)
+        )
 
 
 class BLR(numpyro.optim._NumPyroOptim):
@@ -243,6 +268,23 @@ class BLR(numpyro.optim._NumPyroOptim):
         _svi.check_loss(svi.loss)
         gradient_only = self.estimator == "gradient"
         layout = recognise(svi, args, kwargs, params, learned_scales_only=gradient_only)
+        if layout.members and gradient_only:
+            raise ValueError(
+                "estimator='gradient' uses the stock gradient of Gaussian sites alone, and the guide has "
+                f"{', '.join(member.name for member in layout.members)} of other families. Use the default estimator."
+            )
+        layout, roles = self._roles(svi, args, kwargs, layout, params) if layout.members else (layout, ())
+        state = OptState(
+            params=jax.tree.map(jnp.copy, dict(params)),  # no buffer twice, so that the state can be donated
+            gaussian=self._gaussian(layout, params) if layout.sites else None,
+            members=_sweep.init(gather_members(layout, params)),
+            others=self.others.init({name: params[name] for name in layout.others}),
+            layout=layout,
+            roles=roles,
+        )
+        return jnp.zeros((), int), state
+
+    def _gaussian(self, layout: Layout, params: Mapping[str, Any]) -> State:
         full_rank = any(block.structure == "dense" for block in layout.blocks)
         if full_rank and self.estimator == "hutchinson":
             raise ValueError(
@@ -258,18 +300,50 @@ class BLR(numpyro.optim._NumPyroOptim):
             loc, scales = gather(layout, params)
             return init(loc, family.from_scales(layout.blocks, scales, UNLEARNED_SCALE, like=loc))
 
-        state = OptState(
-            params=jax.tree.map(jnp.copy, dict(params)),  # no buffer twice, so that the state can be donated
-            gaussian=start(dict(params)),
-            others=self.others.init({name: params[name] for name in layout.others}),
-            layout=layout,
-        )
-        return jnp.zeros((), int), state
+        return start(dict(params))
+
+    def _roles(
+        self, svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]
+    ) -> tuple[Layout, tuple[_sweep.Role, ...]]:
+        """How each member takes part; Normal members that no conjugacy holds for join the Gaussian of the sites."""
+        naturals = gather_members(layout, params)
+        objective = _svi.objective_of(_svi.loss_of(svi, args, kwargs), layout, params)
+        others = {name: params[name] for name in layout.others}
+        loc, scales = gather(layout, params)
+
+        def evaluate_at(values: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+            discrete = {name: natural for name, natural in naturals.items() if natural.discrete}
+
+            def loss_at(own: dict[str, Array], values: dict[str, Array]) -> Array:
+                weights = {name: own[name] for name in discrete}
+                members = _svi.Members({**own, **{name: values[name] for name in discrete}}, weights)
+                draw = Draws(number=jnp.zeros((), int), sign=jnp.ones((), loc.dtype), probes=None, members=members)
+                return objective(loc, scales, others, draw)[0]
+
+            def at_run(values: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+                own = {**values, **{name: jnp.ones(natural.batch_shape) for name, natural in discrete.items()}}
+                return jax.value_and_grad(loss_at)(own, values)
+
+            return jax.lax.map(at_run, values)
+
+        roles = find_roles(layout.members, naturals, evaluate_at)
+        ours = {member.name for member in layout.members if not member.keys}
+        gaussian = [role.name for role in roles if isinstance(naturals[role.name], GAUSSIANS) and role.name in ours]
+        not_affine = [role.name for role in roles if role.name in gaussian and role.kind != "affine"]
+        size = sum(site.block.size for site in layout.sites)
+        size += sum(naturals[name].to_distribution().mean.size for name in gaussian)
+        alone = len(gaussian) == len(roles) > 1 and not any(role.local for role in roles)
+        if size <= MAX_DENSE_DIMENSION and (
+            layout.sites or not_affine or (alone and are_jointly_quadratic(naturals, evaluate_at))
+        ):
+            not_affine = gaussian  # one dense precision for all of them takes fewer steps than one after the other
+        layout = joined(layout, not_affine, params)
+        return layout, tuple(role for role in roles if role.name not in not_affine)
 
     def get_params(self, state: tuple[Array, OptState]) -> dict[str, Any]:
         """The unconstrained parameters; reports steps that were skipped, where the state is not being traced."""
         count, opt_state = _svi.checked_state(state, OptState)
-        _svi.report_skipped(count, opt_state.gaussian.skipped)
+        _svi.report_skipped(count, opt_state.skipped)
         return opt_state.params
 
     def eval_and_update(
@@ -277,41 +351,92 @@ class BLR(numpyro.optim._NumPyroOptim):
     ) -> tuple[tuple[Array, Any], tuple[Array, OptState]]:
         """One step on SVI's loss `fn`: ((loss averaged over the draws, host's auxiliary output), next state)."""
         count, opt_state = _svi.checked_state(state, OptState)
-        layout, gaussian, params = opt_state.layout, opt_state.gaussian, opt_state.params
+        layout, params = opt_state.layout, opt_state.params
         others = {name: params[name] for name in layout.others}
-        gaussian, estimate, moved = step(
-            gaussian,
-            tempered(_svi.objective_of(fn, layout, params), layout.blocks, self.temperature),
-            layout.blocks,
-            others,
-            None if self.estimator == "gradient" else self._draws(count, gaussian),
-            self._estimator(gaussian.precision, layout.blocks, forward_mode_differentiation),
-            self._rate(count, gaussian.loc.dtype),
-        )
-        used = gaussian.skipped == opt_state.gaussian.skipped
+        members, gaussian, estimate = opt_state.members, opt_state.gaussian, None
+        fitted, draws = dict(params), None if self.estimator == "gradient" else self._draws(count, opt_state)
+
+        if layout.members:
+            assert draws is not None  # refused at init
+            members, fitted, draws, loss, g_others, extras = self._sweep(fn, count, opt_state, draws, others)
+        if gaussian is not None:
+            gaussian, estimate, moved = step(
+                gaussian,
+                tempered(_svi.objective_of(fn, layout, params), layout.blocks, self.temperature),
+                layout.blocks,
+                others,
+                draws,
+                self._estimator(gaussian.precision, layout.blocks, forward_mode_differentiation),
+                self._rate(count, gaussian.loc.dtype),
+            )
+            scales = scales_of(gaussian.precision, layout.blocks, jnp.ones((), gaussian.loc.dtype))
+            fitted = select(moved, scatter(layout, gaussian.loc, scales, fitted), fitted)
+        if not layout.members:
+            assert estimate is not None
+            loss, g_others, extras = estimate.loss, estimate.others, estimate.extras
+
+        next_state = replace(opt_state, gaussian=gaussian, members=members)
         others_state = opt_state.others
         if layout.others:
-            others_state = select(used, self.others.update(estimate.others, others_state, estimate.loss), others_state)
+            used = all_finite(loss, g_others) & (
+                True if gaussian is None else gaussian.skipped == opt_state.gaussian.skipped
+            )
+            others_state = select(used, self.others.update(g_others, others_state, loss), others_state)
             others = self.others.get_params(others_state)
-        scales = scales_of(gaussian.precision, layout.blocks, jnp.ones((), gaussian.loc.dtype))
-        fitted = select(moved, scatter(layout, gaussian.loc, scales, params), params)
-        opt_state = OptState(params={**fitted, **others}, gaussian=gaussian, others=others_state, layout=layout)
-        return (estimate.loss, estimate.extras.aux), (count + 1, opt_state)
+        next_state = replace(next_state, params={**fitted, **others}, others=others_state)
+        return (loss, extras.aux), (count + 1, next_state)
+
+    def _sweep(
+        self, fn: Callable, count: Array, opt_state: OptState, draws: Draws, others: dict[str, Any]
+    ) -> tuple[_sweep.Sweep, dict[str, Any], Draws, Array, Any, Extras]:
+        """One update of every member, and the draws with which the Gaussian is to be updated given them."""
+        layout, params, gaussian = opt_state.layout, opt_state.params, opt_state.gaussian
+        naturals = gather_members(layout, params)
+        design = _sweep.design_of(opt_state.roles, naturals, len(draws.number))
+        loc, scales = gather(layout, params)
+        if gaussian is not None:
+            scales = scales_of(gaussian.precision, layout.blocks, gaussian.radius)
+        objective = _svi.objective_of(fn, layout, params)
+        runs = draws._replace(number=draws.number[design.draw], sign=draws.sign[design.draw], probes=None)
+
+        def evaluate(members: _svi.Members, others: Any) -> tuple[Array, Extras]:
+            return jax.vmap(lambda draw: objective(loc, scales, others, draw))(runs._replace(members=members))
+
+        rng_key = jax.random.fold_in(jax.random.key(1), count)
+        members, naturals, loss, g_others, extras = _sweep.sweep(
+            opt_state.members,
+            naturals,
+            evaluate,
+            others,
+            opt_state.roles,
+            design,
+            rng_key,
+            self._rate(count, next(iter(naturals.values())).flat().dtype),
+            self.temperature,
+        )
+        draws = runs._replace(
+            probes=None if draws.probes is None else draws.probes[design.draw],
+            members=_sweep.place(naturals, opt_state.roles, design, rng_key),
+        )
+        return members, scatter_members(layout, naturals, params), draws, loss, g_others, extras
 
     def eval_and_stable_update(
         self, fn: Callable, state: tuple[Array, OptState], forward_mode_differentiation: bool = False
     ) -> tuple[tuple[Array, Any], tuple[Array, OptState]]:
         """As `eval_and_update`, which never takes a step that is not finite; the loss of such a step is NaN here."""
         (loss, aux), next_state = self.eval_and_update(fn, state, forward_mode_differentiation)
-        used = next_state[1].gaussian.skipped == state[1].gaussian.skipped
+        used = next_state[1].skipped == state[1].skipped
         return (jnp.where(used, loss, jnp.nan), aux), next_state
 
-    def _draws(self, count: Array, gaussian: State) -> Draws:
+    def _draws(self, count: Array, opt_state: OptState) -> Draws:
+        gaussian = opt_state.gaussian
+        if gaussian is None and all(role.kind != "drawn" for role in opt_state.roles):
+            return Draws(number=jnp.zeros(1, int), sign=jnp.ones(1), probes=None)  # the sweep's expectations are exact
         num_pairs = self.num_draws // 2
         number = jnp.tile(jnp.arange(num_pairs), 2)
-        sign = jnp.repeat(jnp.array([1.0, -1.0], gaussian.loc.dtype), num_pairs)
+        sign = jnp.repeat(jnp.array([1.0, -1.0], float if gaussian is None else gaussian.loc.dtype), num_pairs)
         probes = None
-        if isinstance(gaussian.precision, DiagonalPrecision):
+        if gaussian is not None and isinstance(gaussian.precision, DiagonalPrecision):
             # the probes are independent of the draws, whose noise comes from SVI's key
             key = jax.random.fold_in(jax.random.key(0), count)
             probes = jax.random.rademacher(key, (self.num_draws, *gaussian.loc.shape), gaussian.loc.dtype)

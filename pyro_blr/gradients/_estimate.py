@@ -26,11 +26,13 @@ class Draws(NamedTuple):
         number: [S], which noise; the objective turns it into ε.
         sign: [S], +1 for the first half and −1 for the second.
         probes: [S, D] Rademacher vectors for curvature products, or None where no estimator asks for them.
+        members: the values of sites outside the Gaussian, for each of the S; passed through to the objective.
     """
 
     number: Any
     sign: Any
     probes: Tensor | None
+    members: Any = None
 
 
 class Extras(NamedTuple):
@@ -41,11 +43,13 @@ class Extras(NamedTuple):
         weight: [D], the factor with which each coordinate's entropy enters this loss: 1, N/M for a row of a
             subsampled plate that is in the batch, 0 for one that is not; None where all are 1.
         minibatch: whether a plate is subsampled, so that the loss is itself a random function from step to step.
+        coverage: the same factor for each cell of each site outside the Gaussian, by name.
     """
 
     aux: Any
     weight: Tensor | None = None
     minibatch: Any = False
+    coverage: Any = None
 
 
 Objective = Callable[[Tensor, tuple[Tensor | None, ...], Any, Any], tuple[Tensor, Extras]]
@@ -73,8 +77,8 @@ class Estimate(NamedTuple):
 
 
 def each_draw(draws: Draws) -> list[Draws]:
-    probes = [None] * len(draws.number) if draws.probes is None else draws.probes
-    return [Draws(*draw) for draw in zip(draws.number, draws.sign, probes, strict=True)]
+    columns = [[None] * len(draws.number) if column is None else column for column in draws]
+    return [Draws(*draw) for draw in zip(*columns, strict=True)]
 
 
 def value_and_gradient(

@@ -1,4 +1,4 @@
-"""Which parameters of a Pyro guide are which coordinates of a Gaussian.
+"""Which parameters of a Pyro guide are which natural parameters.
 
 `SVI` hands an optimizer tensors, and not which one is the location of which site. `recognise` asks the guide itself:
 it runs the guide once with random parameter values and looks for them in the distributions that come out.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pyro
@@ -22,20 +22,31 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from ..families import Block, Structure
+from ..families import Block, MultivariateNormalNatural, Natural, NormalNatural, Structure, family_of, natural_of
 
 __all__ = [
     "Layout",
+    "Member",
     "Site",
+    "axes_of",
     "constrained",
     "gather",
+    "gather_members",
+    "joined",
+    "moments",
+    "plates_of",
     "recognise",
+    "rows_of",
     "scatter",
+    "scatter_members",
     "subsampled",
     "unconstrained",
     "undisturbed",
     "unwrap",
 ]
+
+
+JOINT = "natural_component"  # what a site's `infer` calls (parameter, index) where it is a component of a joint family
 
 
 @dataclass(frozen=True)
@@ -48,19 +59,50 @@ class Site:
         scale: names of the parameters of the scale: none where the covariance is not a parameter of its own, one, or
             the two whose product (rows scaled by the first) is the `scale_tril` of AutoMultivariateNormal.
         block: its coordinates.
+        family: of the parameters, where they are natural parameters; `loc` and `scale` name its fields.
     """
 
     name: str
     loc: str
     scale: tuple[str, ...]
     block: Block
+    family: type[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Member:
+    """A sample site of the guide whose natural parameters are parameters, or follow from parameters.
+
+    Attributes:
+        name: of the sample site; of a joint family, of the parameter.
+        sites: the sample sites whose values a value of the family splits into.
+        family: its class of natural parameters.
+        params: the parameters that hold the fields of natural parameters, or those of the host's distribution.
+        keys: their names in the host's distribution; none for natural parameters.
+        distribution: the host's class, made of `params`.
+        plates: (name, axis of the batch, full size) of each plate around it.
+        local: whether one of the plates is subsampled.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    family: type[Natural]
+    params: tuple[str, ...]
+    keys: tuple[str, ...]
+    distribution: type
+    plates: tuple[tuple[str, int, int], ...]
+    local: bool
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Every recognised site, the tensors and constraints of their parameters, and the tensors that belong to none."""
+    """Every recognised site, the tensors and constraints of their parameters, and the tensors that belong to none.
+
+    `sites` share one Gaussian over all their coordinates, `members` have natural parameters of their own.
+    """
 
     sites: tuple[Site, ...]
+    members: tuple[Member, ...]
     tensors: dict[str, Tensor]
     constraints: dict[str, Any]
     others: dict[str, Tensor]
@@ -74,15 +116,16 @@ class Layout:
         known = {id(tensor) for tensor in (*self.tensors.values(), *self.others.values())}
         return {id(param) for param in params if param.requires_grad} == known
 
-    def same_gaussian(self, other: Layout) -> bool:
+    def same_sites(self, other: Layout) -> bool:
         """Whether both have the same sites on the same tensors."""
-        return self.sites == other.sites and all(self.tensors[name] is other.tensors[name] for name in self.tensors)
+        same = self.sites == other.sites and self.members == other.members
+        return same and all(self.tensors[name] is other.tensors[name] for name in self.tensors)
 
 
 def recognise(
     svi: SVI, loss: Any, args: tuple, kwargs: dict, params: Iterable[Tensor], *, stock_gradients: bool
 ) -> Layout:
-    """The Gaussian sites of `svi.guide` and the parameters that feed them.
+    """The sites of `svi.guide` that are members of exponential families and the parameters that feed them.
 
     A parameter feeds an array if a random value given to the parameter comes back as that array, all of it or the
     rows of a subsampled plate. Derived arrays (a scale that is computed in the guide, a neural network's output) do
@@ -92,13 +135,19 @@ def recognise(
     with _random_values(params), pyro.poutine.block(), Probe(params) as probe, undisturbed(), torch.no_grad():
         svi.guide(*args, **kwargs)
         matches = {name: _match(name, message, probe) for name, message in probe.samples.items()}
+        members = _joint_members(probe)
+        joint = {site for member in members for site in member.sites}
+        rest = [name for name in probe.samples if name not in joint]
+        single = [_match_member(probe.samples[name], probe) for name in rest if matches[name] is None]
     found = [
         (name, *match)
         for name, match in matches.items()
-        if match is not None and not (stock_gradients and not match[1])
+        if match is not None and name not in joint and not (stock_gradients and not match[1])
     ]
+    members += [member for member in single if member is not None]
 
     uses = Counter(param for _, loc, scale, _ in found for param in (loc, *scale))
+    uses.update(param for member in members for param in member.params)
     sites: list[Site] = []
     start = 0
     for name, loc, scale, structure in found:
@@ -107,8 +156,10 @@ def recognise(
         shape = tuple(probe.tensors[loc].shape)
         sites.append(Site(name=name, loc=loc, scale=scale, block=Block(start=start, shape=shape, structure=structure)))
         start = sites[-1].block.stop
+    members = [member for member in members if all(uses[param] == 1 for param in member.params)]
 
     claimed = [param for site in sites for param in (site.loc, *site.scale)]
+    claimed += [param for member in members for param in member.params]
     tensors = {name: probe.tensors[name] for name in claimed}
     taken = {id(tensor) for tensor in tensors.values()}
     store = pyro.get_param_store()
@@ -120,6 +171,7 @@ def recognise(
     }
     layout = Layout(
         sites=tuple(sites),
+        members=tuple(members),
         tensors=tensors,
         constraints={name: probe.constraints[name] for name in claimed},
         others=dict(sorted(others.items())),
@@ -135,6 +187,7 @@ def undisturbed(seed: int | None = None, device: torch.device | None = None):
     devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Encountered (NaN|\\+?-?inf)")
+        warnings.filterwarnings("ignore", "Singular sample detected")  # which torch's Wishart says of sound ones, too
         if seed is not None:
             torch.manual_seed(seed)
         yield
@@ -162,6 +215,26 @@ class Probe(Messenger):
         self.constrained[name] = msg["value"]
         self.messages[name] = msg  # plates further in replace its value by their rows
 
+    def rows(self) -> dict[str, Tensor]:
+        """What the guide was given for every parameter, all of it or the rows of a subsampled plate."""
+        return {param: msg["value"].detach() for param, msg in self.messages.items()}
+
+    def naturals(self) -> list[tuple[tuple[str, ...], Natural]]:
+        """The parameters that hold the fields of natural parameters, with what the guide was given for them."""
+        groups: dict[tuple[str, type[Natural]], dict[str, str]] = {}
+        for param, tensor in self.tensors.items():
+            noted = getattr(tensor, "natural_field", None)
+            if noted is not None:
+                family, key = noted
+                groups.setdefault((param.removesuffix(f".{key}"), family), {})[key] = param
+        rows = self.rows()
+        result = []
+        for (_, family), group in groups.items():
+            names = [item.name for item in fields(family)]  # type: ignore[arg-type]
+            if set(names) == group.keys():
+                result.append((tuple(group[key] for key in names), family(*(rows[group[key]] for key in names))))
+        return result
+
     def _pyro_post_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample):
             self.samples[msg["name"]] = msg
@@ -173,9 +246,16 @@ def _random_values(params: list[Tensor]):
     generator = torch.Generator().manual_seed(0)
     before = [param.detach().clone() for param in params]
     try:
+        factors: dict[str, float] = {}
         for param in params:
             noise = torch.randn(param.shape, generator=generator, dtype=param.dtype)
-            param.data.copy_(0.1 * noise)
+            noted = getattr(param, "natural_field", None)
+            if noted is None:
+                param.data.copy_(0.1 * noise)
+                continue
+            # towards zero along a ray, where every family's domain has its points; one factor for all of its fields
+            group = str(pyro.get_param_store().param_name(param)).removesuffix(f".{noted[1]}")
+            param.data.mul_(factors.setdefault(group, float(0.5 + 0.5 * torch.rand((), generator=generator))))
         yield
     finally:
         for param, value in zip(params, before, strict=True):
@@ -184,7 +264,7 @@ def _random_values(params: list[Tensor]):
 
 def _match(name: str, message: Any, probe: Probe) -> tuple[str, tuple[str, ...], Structure] | None:
     """(loc, scale, structure) of a site fed by parameters."""
-    rows = {param: msg["value"].detach() for param, msg in probe.messages.items()}
+    rows = probe.rows()
 
     def source(array: Tensor) -> str | None:
         for param, value in rows.items():
@@ -228,6 +308,109 @@ def _match(name: str, message: Any, probe: Probe) -> tuple[str, tuple[str, ...],
     return (loc, (parameter,), "diagonal")
 
 
+def _match_member(message: Any, probe: Probe) -> Member | None:
+    """The site as a member of a family, if all that determines it comes from parameters."""
+    fn = message["fn"]
+    base, transforms = unwrap(fn)
+    if transforms or not _has_family(base) or base.shape() != fn.shape():
+        return None  # one member for many draws of a plate is no batch of its own
+    if message["infer"].get("enumerate") is not None:
+        return None  # the loss sums it out
+    natural = natural_of(base)
+    sources = _natural_source(natural, probe) or _host_sources(base, type(natural), probe)
+    if sources is None:
+        return None
+    params, keys = sources
+    return Member(
+        name=message["name"],
+        sites=(message["name"],),
+        family=type(natural),
+        params=params,
+        keys=keys,
+        distribution=type(base),
+        plates=plates_of(message),
+        local=bool(subsampled(message)),
+    )
+
+
+def _joint_members(probe: Probe) -> list[Member]:
+    """The members of joint families, whose sites say of which parameter they are which component (`JOINT`)."""
+    components: dict[str, dict[int, Any]] = {}
+    for message in probe.samples.values():
+        if JOINT in message["infer"]:
+            param, index = message["infer"][JOINT]
+            components.setdefault(param, {})[index] = message
+    members = []
+    for params, natural in probe.naturals():
+        name = params[0].rpartition(".")[0]
+        messages = components.get(name)
+        if messages is None:
+            continue
+        members.append(
+            Member(
+                name=name,
+                sites=tuple(messages[index]["name"] for index in sorted(messages)),
+                family=type(natural),
+                params=params,
+                keys=(),
+                distribution=type(natural.to_distribution()),
+                plates=plates_of(messages[0]),
+                local=bool(subsampled(messages[0])),
+            )
+        )
+    return members
+
+
+def plates_of(message: Any) -> tuple[tuple[str, int, int], ...]:
+    """(name, axis of the batch, full size) of each plate around a sample site."""
+    rank = len(message["fn"].batch_shape)
+    frames = [frame for frame in message["cond_indep_stack"] if frame.vectorized]
+    return tuple((frame.name, frame.dim + rank, frame.full_size or frame.size) for frame in frames)
+
+
+def _has_family(base: Any) -> bool:
+    return family_of(type(base), default=None) is not None
+
+
+def _natural_source(natural: Natural, probe: Probe) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    for params, value in probe.naturals():
+        # both by way of the host, which normalises where a family's λ is determined up to a constant
+        if type(value) is type(natural) and _same(natural_of(value.to_distribution()).flat(), natural.flat()):
+            return params, ()
+    return None
+
+
+def _host_sources(base: Any, family: type[Natural], probe: Probe) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """The parameters that feed all parameters of the host's distribution, in one of the ways that it has."""
+    if family in (NormalNatural, MultivariateNormalNatural):
+        return None  # a site of the Gaussian, or none
+    rows = {param: value for param, value in probe.rows().items() if not hasattr(probe.tensors[param], "natural_field")}
+
+    def source(keys: tuple[str, ...], key: str) -> str | None:
+        array = getattr(base, key)
+        for param, value in rows.items():
+            # logits and probs come back normalised
+            if value.shape == array.shape and (
+                _same(value, array) or (len(keys) == 1 and _same(getattr(type(base)(**{key: value}), key), array))
+            ):
+                return param
+        return None
+
+    for keys in family.host_parameters:
+        if not all(hasattr(base, key) for key in keys):
+            continue
+        params = tuple(source(keys, key) for key in keys)
+        shapes = {probe.constrained[param].shape for param in params if param is not None}
+        if None not in params and len(shapes) == 1:
+            return params, keys  # type: ignore[return-value]
+    return None
+
+
+def _same(value: Tensor, other: Tensor) -> bool:
+    # equal but for rounding; the probes are random, so nothing else is this close
+    return value.shape == other.shape and torch.allclose(value, other.detach(), rtol=1e-5, atol=0)
+
+
 def _identity(constraint: Any) -> bool:
     return constraint in (constraints.real, constraints.real_vector) or (
         isinstance(constraint, constraints.independent) and _identity(constraint.base_constraint)
@@ -235,19 +418,19 @@ def _identity(constraint: Any) -> bool:
 
 
 def _report(layout: Layout, probe: Probe) -> None:
-    if not layout.sites:
+    if not layout.sites and not layout.members:
         described = (
             ", ".join(f"'{name}': {type(unwrap(msg['fn'])[0]).__name__}" for name, msg in probe.samples.items())
             or "no site at all"
         )
         raise ValueError(
-            "BLR expected a guide with a Normal, MultivariateNormal or Delta site whose loc (and scale or scale_tril) "
-            f"are parameters; the guide has {described}. "
-            "Use AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, or pyro.optim.Adam for this guide."
+            "BLR expected a guide with sites of exponential families (Normal, MultivariateNormal, Delta, Gamma, Beta, "
+            f"Dirichlet, Categorical, ...) whose parameters are parameters; the guide has {described}. Use AutoNormal, "
+            "AutoMultivariateNormal or AutoExponentialFamily, or pyro.optim.Adam for this guide."
         )
     if layout.others:
         warnings.warn(
-            f"BLR: the parameters {', '.join(layout.others)} belong to no Gaussian site that BLR recognises; they are "
+            f"BLR: the parameters {', '.join(layout.others)} belong to no site that BLR recognises; they are "
             "updated by `others` (pyro.optim.Adam({'lr': 1e-3}) unless given) from the same gradients.",
             stacklevel=5,
         )
@@ -256,6 +439,7 @@ def _report(layout: Layout, probe: Probe) -> None:
 def _check_plates(loss: Any, layout: Layout, probe: Probe, stock_gradients: bool) -> None:
     sites = [site.name for site in layout.sites]
     local = [name for name in sites if subsampled(probe.samples[name])]
+    local += [site for member in layout.members if member.local for site in member.sites]
     if local and loss.num_particles > 1 and not loss.vectorize_particles:
         raise ValueError(
             f"The latent sites {', '.join(local)} lie in a subsampled plate: every particle would see other rows. "
@@ -270,21 +454,46 @@ def _check_plates(loss: Any, layout: Layout, probe: Probe, stock_gradients: bool
 
 
 def gather(layout: Layout) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The concatenated mean [D] and each site's scale, from the unconstrained parameters."""
-    loc = torch.cat([layout.tensors[site.loc].detach().reshape(-1) for site in layout.sites])
-    scales = []
+    """The concatenated mean [D] of the sites and each site's scale, from the unconstrained parameters."""
+    locs, scales = [], []
     for site in layout.sites:
+        if site.family is not None:
+            distribution = _natural(site.family, (site.loc, *site.scale), layout).to_distribution()
+            locs.append(distribution.loc)
+            scales.append(distribution.scale if site.block.structure == "diagonal" else distribution.scale_tril)
+            continue
+        locs.append(layout.tensors[site.loc].detach())
         values = [transform_to(layout.constraints[name])(layout.tensors[name].detach()) for name in site.scale]
         scales.append(None if not values else values[0] if len(values) == 1 else values[0][..., None] * values[1])
-    return loc, tuple(scales)
+    if not locs:
+        return next(iter(layout.tensors.values())).detach().new_zeros(0), ()
+    return torch.cat([loc.reshape(-1) for loc in locs]), tuple(scales)
+
+
+def moments(layout: Layout, loc: Tensor, scales: tuple[Tensor | None, ...]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """The location and the scale of every site; differentiable."""
+    result = {}
+    for site, scale in zip(layout.sites, scales, strict=True):
+        dtype = layout.tensors[site.loc].dtype
+        value = loc[site.block.start : site.block.stop].reshape(site.block.shape)
+        if site.family is None:
+            value = transform_to(layout.constraints[site.loc])(value)
+        result[site.name] = value.to(dtype), None if scale is None else scale.to(dtype)
+    return result
 
 
 def constrained(layout: Layout, loc: Tensor, scales: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
-    """The value of every parameter as the guide sees it; differentiable."""
-    values = {}
-    for site, scale in zip(layout.sites, scales, strict=True):
-        value = loc[site.block.start : site.block.stop].reshape(site.block.shape)
-        values[site.loc] = transform_to(layout.constraints[site.loc])(value)
+    """The value of every parameter of the sites as the guide sees it; differentiable."""
+    values: dict[str, Tensor] = {}
+    for site, (value, scale) in zip(layout.sites, moments(layout, loc, scales).values(), strict=True):
+        if site.family is not None:
+            assert scale is not None  # natural parameters have both
+            dense = site.block.structure == "dense"
+            distribution = dist.MultivariateNormal(value, scale_tril=scale) if dense else dist.Normal(value, scale)
+            leaves = vars(site.family.from_distribution(distribution)).values()
+            values.update(zip((site.loc, *site.scale), leaves, strict=True))
+            continue
+        values[site.loc] = value
         if scale is None:
             continue
         if len(site.scale) == 2:
@@ -292,7 +501,7 @@ def constrained(layout: Layout, loc: Tensor, scales: tuple[Tensor | None, ...]) 
             values[site.scale[0]], values[site.scale[1]] = diagonal, scale / diagonal[..., None]
         else:
             values[site.scale[0]] = scale
-    return {name: value.to(layout.tensors[name].dtype) for name, value in values.items()}
+    return values
 
 
 def unconstrained(layout: Layout, loc: Tensor, scales: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
@@ -309,6 +518,56 @@ def scatter(layout: Layout, loc: Tensor, scales: tuple[Tensor | None, ...]) -> N
         layout.tensors[name].copy_(value)
 
 
+def gather_members(layout: Layout) -> dict[str, Natural]:
+    """λ of every member, by site."""
+    naturals = {}
+    for member in layout.members:
+        if not member.keys:
+            naturals[member.name] = _natural(member.family, member.params, layout)
+            continue
+        values = {
+            key: transform_to(layout.constraints[param])(layout.tensors[param].detach())
+            for key, param in zip(member.keys, member.params, strict=True)
+        }
+        naturals[member.name] = natural_of(member.distribution(**values))
+    return naturals
+
+
+@torch.no_grad()
+def scatter_members(layout: Layout, naturals: Mapping[str, Natural]) -> None:
+    """Writes the members into the parameters, in place; the inverse of `gather_members`."""
+    for member in layout.members:
+        natural = naturals[member.name]
+        if not member.keys:
+            for param, leaf in zip(member.params, vars(natural).values(), strict=True):
+                layout.tensors[param].copy_(leaf)
+            continue
+        distribution = natural.to_distribution()
+        for key, param in zip(member.keys, member.params, strict=True):
+            value = transform_to(layout.constraints[param]).inv(getattr(distribution, key))
+            layout.tensors[param].copy_(value)
+
+
+def _natural(family: type[Any], params: tuple[str, ...], layout: Layout) -> Natural:
+    return family(*(layout.tensors[param].detach().clone() for param in params))
+
+
+def joined(layout: Layout, names: Collection[str]) -> Layout:
+    """The layout in which the Gaussian members `names` share the Gaussian of the sites."""
+    sites, start = list(layout.sites), sum(site.block.size for site in layout.sites)
+    for member in layout.members:
+        if member.name not in names:
+            continue
+        linear, quadratic = member.params
+        dense = member.family is MultivariateNormalNatural
+        shape = tuple(layout.tensors[linear].shape)
+        block = Block(start=start, shape=shape, structure="dense" if dense else "diagonal")
+        sites.append(Site(member.name, linear, (quadratic,), block, member.family))
+        start = block.stop
+    rest = tuple(member for member in layout.members if member.name not in names)
+    return replace(layout, sites=tuple(sites), members=rest)
+
+
 def subsampled(message: Any) -> list[Any]:
     """The frames of the subsampled plates around a message."""
     return [
@@ -316,11 +575,24 @@ def subsampled(message: Any) -> list[Any]:
     ]
 
 
+def axes_of(num_axes: int, message: Any) -> list[tuple[Any, int]]:
+    """The subsampled plates around a site, each with its axis, from the left, in the site's arrays over all rows."""
+    event_dim = message["fn"].event_dim
+    return [(frame, frame.dim - event_dim + num_axes) for frame in subsampled(message)]
+
+
+def rows_of(value: Tensor, num_axes: int, message: Any, indices: Mapping[str, Tensor]) -> Tensor:
+    """The rows of an array over all rows that the subsampled plates let through."""
+    for frame, axis in axes_of(num_axes, message):
+        value = value.index_select(axis, indices[frame.name])
+    return value
+
+
 def unwrap(fn: Any) -> tuple[Any, tuple]:
     """The distribution under masks, expansions, `to_event` and transforms, with the transforms in order."""
     transforms: tuple = ()
     while True:
-        if isinstance(fn, torch.distributions.TransformedDistribution):
+        if isinstance(fn, torch.distributions.TransformedDistribution) and not _has_family(fn):
             transforms = (*fn.transforms, *transforms)
             fn = fn.base_dist
         elif isinstance(fn, (torch.distributions.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):

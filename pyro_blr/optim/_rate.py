@@ -46,7 +46,7 @@ class RateState:
     rate: float
     noisy_steps: int
     rejected: int
-    last_gradient: Tensor
+    last_gradient: Any
 
 
 def init(loc: Tensor) -> RateState:
@@ -54,28 +54,28 @@ def init(loc: Tensor) -> RateState:
 
 
 def search(
-    state: RateState, estimate: Estimate, precision: Precision, propose: Callable[[float], tuple[Any, Tensor]]
+    state: RateState, losses: Tensor, noisy: bool, gradient: Any, propose: Callable[[float], tuple[Any, Tensor]]
 ) -> tuple[RateState, Any, bool]:
     """The accepted proposal.
 
     Args:
-        propose: rate -> (proposal, losses [S] of the proposal at the draws of `estimate`).
+        losses: [S], where the step starts.
+        noisy: whether the natural gradient tells nothing but noise.
+        gradient: kept for the next step.
+        propose: rate -> (proposal, losses [S] of the proposal at the same draws).
 
     Returns:
         the next rate state, the last proposal made, and whether it was accepted.
     """
-    noisy = inside_noise(estimate, precision) or (
-        estimate.extras.minibatch and opposed(estimate, precision, state.last_gradient)
-    )
     noisy_steps = state.noisy_steps + noisy
     rate = first_rate = min(state.rate, 2 / (noisy_steps + 2))
     for tries in range(MAX_PROPOSALS):
         rate = rate if tries == 0 else CUT * rate
-        proposal, losses = propose(rate)
-        if not_worse(estimate.losses, losses):
+        proposal, proposed = propose(rate)
+        if not_worse(losses, proposed):
             next_rate = min(1.0, GROW * rate) if tries == 0 else rate
-            return RateState(next_rate, noisy_steps, state.rejected, estimate.gradient), proposal, True
-    return RateState(CUT * first_rate, noisy_steps, state.rejected + 1, estimate.gradient), proposal, False
+            return RateState(next_rate, noisy_steps, state.rejected, gradient), proposal, True
+    return RateState(CUT * first_rate, noisy_steps, state.rejected + 1, gradient), proposal, False
 
 
 def inside_noise(estimate: Estimate, precision: Precision) -> bool:

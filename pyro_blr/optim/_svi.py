@@ -10,7 +10,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -30,9 +30,22 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from ..gradients import Draws, Extras, Objective
-from ._layout import Layout, Site, constrained, subsampled, unconstrained, undisturbed, unwrap
+from ._layout import (
+    Layout,
+    Member,
+    Site,
+    axes_of,
+    constrained,
+    moments,
+    rows_of,
+    subsampled,
+    unconstrained,
+    undisturbed,
+    unwrap,
+)
 
 __all__ = [
+    "Members",
     "Redraw",
     "calling_svi",
     "check_loss",
@@ -113,24 +126,53 @@ def host_optimizer(others: Any) -> PyroOptim:
     )
 
 
+class Members(NamedTuple):
+    """What one evaluation of the loss is given for the sites outside the Gaussian, by name.
+
+    Attributes:
+        values: of each site, over all rows of its plates.
+        weights: of each cell of a site's plates, or of a plate, factors of the terms of the loss within those plates.
+        factors: of each of the model's own sites, factors of its term of the loss.
+    """
+
+    values: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    factors: dict[str, Tensor] | None = None
+
+    def each(self, num_runs: int) -> list[Members]:
+        """One for each of the runs, which are the first axis; all have the same `factors`."""
+        values = {name: value.unbind() for name, value in self.values.items()}
+        weights = {name: weight.unbind() for name, weight in self.weights.items()}
+        return [
+            Members(
+                values={name: value[run] for name, value in values.items()},
+                weights={name: weight[run] for name, weight in weights.items()},
+                factors=self.factors,
+            )
+            for run in range(num_runs)
+        ]
+
+
 def objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout, seed: int) -> Objective:
-    """SVI's loss as a function of (mean, scales) at noise that the caller chooses.
+    """SVI's loss as a function of (mean, scales) at noise and at values of the members that the caller chooses.
 
     Everything random is a function of `seed`: all evaluations see the same minibatch, and the same noise for the same
-    draw. The host's random state and its parameters are left as they are.
+    draw. The host's random state and its parameters are left as they are. A member's own log q is no part of it: what
+    is left of the loss is its −log p.
     """
     elbo = check_loss(svi)
     loss_of = SUPPORTED_LOSSES[type(elbo)].differentiable_loss
 
     def objective(loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draw: Draws):
-        redraw = Redraw(layout, constrained(layout, loc, scales), draw, seed)
+        redraw = Redraw(layout, loc, scales, draw, seed)
         with redraw, undisturbed(seed, loc.device):
             try:
                 loss = loss_of(elbo, svi.model, svi.guide, *args, **kwargs)
             except torch.linalg.LinAlgError:
                 # a matrix of the model has no Cholesky factor at this draw; the rule refuses what is not finite
-                loss = torch.nan * sum(value.sum() for value in redraw.values.values())
-        return loss, Extras(None, redraw.weight(loc), redraw.minibatch)
+                given = (*redraw.values.values(), *redraw.given.values(), *redraw.cell_weights.values())
+                loss = torch.nan * sum(value.sum() for value in given)
+        return loss, Extras(None, redraw.weight(loc), redraw.minibatch, redraw.coverage)
 
     return objective
 
@@ -157,18 +199,26 @@ class Redraw(Messenger):
     """Gives each recognised site our Gaussian for its distribution, and loc ± C ε for its value.
 
     Noise k is drawn from a generator of its own, seeded by k, in the order in which the guide asks: particles, which
-    ask one after the other, keep draws of their own.
+    ask one after the other, keep draws of their own. A member gets the draw's value for it, by a distribution without
+    a density of its own.
     """
 
-    def __init__(self, layout: Layout, values: dict[str, Tensor], draw: Draws, seed: int) -> None:
+    def __init__(self, layout: Layout, loc: Tensor, scales: tuple[Tensor | None, ...], draw: Draws, seed: int) -> None:
         super().__init__()
         self.sites = {site.name: site for site in layout.sites}
-        self.values = values
+        self.members = {member.name: member for member in layout.members}
+        self.components = {
+            site: (member, index) for member in layout.members for index, site in enumerate(member.sites)
+        }
+        self.values = constrained(layout, loc, scales)
+        self.moments = moments(layout, loc, scales)
         self.draw = draw
-        device = next(iter(values.values())).device
-        self.generator = torch.Generator(device).manual_seed(seed + 1 + int(draw.number))
+        given: Members = Members({}, {}) if draw.members is None else draw.members
+        self.given, self.cell_weights, self.factors = given
+        self.generator = torch.Generator(loc.device).manual_seed(seed + 1 + int(draw.number))
         self.indices: dict[str, Tensor] = {}
         self.weights: dict[str, Any] = {}
+        self.coverage: dict[str, Tensor] = {}
         self.minibatch = False
 
     def _pyro_param(self, msg: Any) -> None:
@@ -184,13 +234,48 @@ class Redraw(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         self.minibatch |= bool(subsampled(msg))
-        if msg["name"] not in self.sites or msg["done"] or msg["value"] is not None:
-            return  # in the model the value is there already, replayed from the guide
-        site = self.sites[msg["name"]]
-        self.weights[site.name] = _entropy_weight(site, msg, self.indices)
-        loc, *factors = (_rows(self.values[name], site, msg, self.indices) for name in (site.loc, *site.scale))
-        scale = None if not factors else factors[0] if len(factors) == 1 else factors[0][..., None] * factors[1]
-        msg["fn"] = _replaced(msg["fn"], loc, scale)
+        if isinstance(msg["fn"], _Subsample):
+            return
+        if not msg["done"] and msg["value"] is None:  # in the model the value is there already, replayed from the guide
+            if msg["name"] in self.components and self.given:
+                self._give(msg, *self.components[msg["name"]])
+            elif msg["name"] in self.sites:
+                self._draw(msg, self.sites[msg["name"]])
+        self._weigh(msg)
+
+    def _give(self, msg: Any, member: Member, index: int) -> None:
+        value = self.given[member.name]
+        shape, part = value.shape[: value.ndim - member.family.value_rank], member.family.split(value)[index]
+        weight = torch.as_tensor(_entropy_weight(shape, part.ndim, msg, self.indices), device=value.device)
+        self.coverage.setdefault(member.name, weight.expand(shape))
+        rows = rows_of(part, part.ndim, msg, self.indices).expand(msg["fn"].shape())
+        msg["fn"] = dist.Delta(rows, event_dim=msg["fn"].event_dim)
+        msg["value"], msg["done"] = rows, True
+
+    def _weigh(self, msg: Any) -> None:
+        frames = {frame.name: frame for frame in msg["cond_indep_stack"] if frame.vectorized}
+        if self.factors is not None and msg["name"] in self.factors:
+            msg["scale"] = self.factors[msg["name"]] * msg["scale"]
+        for name, weight in self.cell_weights.items():
+            plates = self.members[name].plates if name in self.members else ((name, 0, len(weight)),)
+            if not all(plate in frames for plate, _, _ in plates):
+                continue
+            for plate, axis, size in plates:
+                if frames[plate].size != size:
+                    weight = weight.index_select(axis, self.indices[plate])
+            outer_first = sorted(plates, key=lambda plate: frames[plate[0]].dim)
+            weight = weight.permute([axis for _, axis, _ in outer_first])
+            shape = [1] * max((-frames[plate].dim for plate, _, _ in plates), default=0)
+            for (plate, _, _), size in zip(outer_first, weight.shape, strict=True):
+                shape[frames[plate].dim] = size
+            msg["scale"] = weight.reshape(shape) * msg["scale"]
+
+    def _draw(self, msg: Any, site: Site) -> None:
+        num_axes = len(site.block.shape)
+        self.weights[site.name] = _entropy_weight(site.block.shape, num_axes, msg, self.indices)
+        loc, scale = self.moments[site.name]
+        scale = None if scale is None else rows_of(scale, num_axes, msg, self.indices)
+        msg["fn"] = _replaced(msg["fn"], rows_of(loc, num_axes, msg, self.indices), scale)
         base, transforms = unwrap(msg["fn"])
         if site.block.structure == "point":
             return
@@ -218,26 +303,13 @@ def standard_normal(generator: torch.Generator, number: Any, shape: tuple[int, .
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
-def _axes(site: Site, message: Any) -> list[tuple[Any, int]]:
-    """The subsampled plates around a site, each with the axis of the site's parameters, from the left."""
-    event_dim = message["fn"].event_dim
-    return [(frame, frame.dim - event_dim + len(site.block.shape)) for frame in subsampled(message)]
-
-
-def _rows(value: Tensor, site: Site, message: Any, indices: dict[str, Tensor]) -> Tensor:
-    """The rows of a parameter that the subsampled plates let through."""
-    for frame, axis in _axes(site, message):
-        value = value.index_select(axis, indices[frame.name])
-    return value
-
-
-def _entropy_weight(site: Site, message: Any, indices: dict[str, Tensor]) -> Any:
-    """The scale of the site in the loss, spread over the rows of the parameter that the batch covers."""
+def _entropy_weight(shape: tuple[int, ...], num_axes: int, message: Any, indices: dict[str, Tensor]) -> Any:
+    """The scale of the site in the loss, spread over the rows, in an array of shape `shape`, that the batch covers."""
     weight = message["scale"]
-    for frame, axis in _axes(site, message):
+    for frame, axis in axes_of(num_axes, message):
         rows = indices[frame.name]
         covered = torch.zeros(frame.full_size, device=rows.device).index_fill_(0, rows, 1.0)
-        weight = weight * covered.reshape([-1 if i == axis else 1 for i in range(len(site.block.shape))])
+        weight = weight * covered.reshape([-1 if i == axis else 1 for i in range(len(shape))])
     return float(weight) if isinstance(weight, (int, float)) else weight
 
 

@@ -23,15 +23,24 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor
 
-from ..families import Block, DensePrecision, DiagonalPrecision, Precision
-from ..gradients import Draws, Estimate, Objective, each_draw, hessian, hutchinson, reparameterized
-from . import _options, _rate, _svi
-from ._layout import Layout, gather, recognise, scatter
+from ..families import (
+    Block,
+    DensePrecision,
+    DiagonalPrecision,
+    MultivariateNormalNatural,
+    NormalNatural,
+    Precision,
+)
+from ..gradients import Draws, Estimate, Extras, Objective, each_draw, hessian, hutchinson, reparameterized
+from . import _options, _rate, _svi, _sweep
+from ._conjugacy import are_jointly_quadratic, find_roles
+from ._layout import Layout, gather, gather_members, joined, recognise, scatter, scatter_members
 
 __all__ = ["BLR", "OptState", "State", "init", "step"]
 
 MAX_DENSE_DIMENSION = 256
 UNLEARNED_SCALE = 0.1
+GAUSSIANS = (NormalNatural, MultivariateNormalNatural)
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,12 @@ def step(
         return (loc, precision), losses_at(objective, loc, proposed_scales, others, draws)
 
     if learning_rate is None:
-        rate, (loc, precision), moved = _rate.search(state.rate, estimate, state.precision, propose_and_evaluate)
+        noisy = _rate.inside_noise(estimate, state.precision) or (
+            estimate.extras.minibatch and _rate.opposed(estimate, state.precision, state.rate.last_gradient)
+        )
+        rate, (loc, precision), moved = _rate.search(
+            state.rate, estimate.losses, noisy, estimate.gradient, propose_and_evaluate
+        )
     else:
         rate, (loc, precision) = state.rate, propose(learning_rate)
         moved = all_finite(loc, field_of(precision), *scales_of(precision, blocks, state.radius))
@@ -174,13 +188,22 @@ class OptState:
 
     Attributes:
         count: steps so far.
-        gaussian: the rule's own state.
-        layout: which parameter is which coordinate of the Gaussian.
+        gaussian: the state of the Gaussian over the layout's sites; None where there are none.
+        members: the state of the rule for the layout's members.
+        layout: which parameter is which coordinate of the Gaussian, or of a member.
+        roles: how each member takes part, in the order of a sweep.
     """
 
     count: int
-    gaussian: State
+    gaussian: State | None
+    members: _sweep.Sweep
     layout: Layout
+    roles: tuple[_sweep.Role, ...]
+
+    @property
+    def skipped(self) -> int:
+        """Steps so far in which something was not finite and left the Gaussian, or a member, as it was."""
+        return self.members.skipped if self.gaussian is None else max(self.members.skipped, self.gaussian.skipped)
 
 
 class BLR(pyro.optim.PyroOptim):
@@ -239,6 +262,22 @@ class BLR(pyro.optim.PyroOptim):
         _svi.check_params(params)
         loss = _svi.check_loss(svi)
         layout = recognise(svi, loss, args, kwargs, params, stock_gradients=self.estimator == "gradient")
+        if layout.members and self.estimator == "gradient":
+            raise ValueError(
+                "estimator='gradient' uses the stock gradient of Gaussian sites alone, and the guide has "
+                f"{', '.join(member.name for member in layout.members)} of other families. Use the default estimator."
+            )
+        layout, roles = self._roles(svi, args, kwargs, layout) if layout.members else (layout, ())
+        state = OptState(
+            count=0,
+            gaussian=self._gaussian(layout) if layout.sites else None,
+            members=_sweep.init(gather_members(layout)),
+            layout=layout,
+            roles=roles,
+        )
+        return self._resumed(state) if self._loaded else state
+
+    def _gaussian(self, layout: Layout) -> State:
         full_rank = any(block.structure == "dense" for block in layout.blocks)
         if full_rank and self.estimator == "hutchinson":
             raise ValueError(
@@ -249,9 +288,49 @@ class BLR(pyro.optim.PyroOptim):
         small = self.estimator == "hessian" or (self.estimator == "auto" and dimension <= MAX_DENSE_DIMENSION)
         family = DensePrecision if full_rank or small else DiagonalPrecision
         loc, scales = gather(layout)
-        gaussian = init(loc, family.from_scales(layout.blocks, scales, UNLEARNED_SCALE, like=loc))
-        state = OptState(count=0, gaussian=gaussian, layout=layout)
-        return self._resumed(state) if self._loaded else state
+        return init(loc, family.from_scales(layout.blocks, scales, UNLEARNED_SCALE, like=loc))
+
+    def _roles(self, svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> tuple[Layout, tuple[_sweep.Role, ...]]:
+        """How each member takes part; Normal members that no conjugacy holds for join the Gaussian of the sites."""
+        naturals = gather_members(layout)
+        objective = _svi.objective_of(svi, args, kwargs, layout, seed=0)
+        loc, scales = gather(layout)
+
+        def evaluate_at(values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            num_runs = len(next(iter(values.values())))
+            discrete = {name: natural for name, natural in naturals.items() if natural.discrete}
+            own = {
+                name: (
+                    loc.new_ones((num_runs, *natural.batch_shape), dtype=natural.flat().dtype)
+                    if name in discrete
+                    else values[name].detach().clone()
+                ).requires_grad_()
+                for name, natural in naturals.items()
+            }
+            members = _svi.Members(
+                values={name: values[name] if name in discrete else own[name] for name in naturals},
+                weights={name: own[name] for name in discrete},
+            )
+            draws = Draws(number=[0] * num_runs, sign=[1.0] * num_runs, probes=None, members=members.each(num_runs))
+            with torch.enable_grad():
+                losses = torch.stack([objective(loc, scales, None, draw)[0] for draw in each_draw(draws)])
+                total = losses.sum() + sum(0 * leaf.sum() for leaf in own.values())  # a flat prior may be all there is
+                slopes = torch.autograd.grad(total, tuple(own.values()))
+            return losses.detach(), dict(zip(own, slopes, strict=True))
+
+        roles = find_roles(layout.members, naturals, evaluate_at)
+        ours = {member.name for member in layout.members if not member.keys}
+        gaussian = [role.name for role in roles if isinstance(naturals[role.name], GAUSSIANS) and role.name in ours]
+        not_affine = [role.name for role in roles if role.name in gaussian and role.kind != "affine"]
+        size = sum(site.block.size for site in layout.sites)
+        size += sum(naturals[name].to_distribution().mean.numel() for name in gaussian)
+        alone = len(gaussian) == len(roles) > 1 and not any(role.local for role in roles)
+        if size <= MAX_DENSE_DIMENSION and (
+            layout.sites or not_affine or (alone and are_jointly_quadratic(naturals, evaluate_at))
+        ):
+            not_affine = gaussian  # one dense precision for all of them takes fewer steps than one after the other
+        layout = joined(layout, not_affine)
+        return layout, tuple(role for role in roles if role.name not in not_affine)
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """One step, from the gradients of `SVI.step` and draws of its own; called by `SVI.step`."""
@@ -260,53 +339,107 @@ class BLR(pyro.optim.PyroOptim):
         state = self.state
         if state is None or not state.layout.covers(params):
             fresh = self.init(svi, model_args, model_kwargs, params)
-            # a parameter of the model that appears later does not start the Gaussian anew
-            keep = state is not None and state.layout.same_gaussian(fresh.layout)
-            state = OptState(state.count, state.gaussian, fresh.layout) if state is not None and keep else fresh
-        before, layout = state.gaussian, state.layout
+            # a parameter of the model that appears later does not start the sites anew
+            keep = state is not None and state.layout.same_sites(fresh.layout)
+            state = replace(state, layout=fresh.layout, roles=fresh.roles) if state is not None and keep else fresh
+        layout, gaussian, members, naturals = state.layout, state.gaussian, state.members, None
         if self.estimator == "gradient":
             objective, draws = _svi.host_gradients(layout), None
         else:
             seed = int(torch.randint(2**62, ()))
-            objective, draws = _svi.objective_of(svi, model_args, model_kwargs, layout, seed), self._draws(before, seed)
-        gaussian, _, moved = step(
-            before,
-            tempered(objective, layout.blocks, self.temperature),
-            layout.blocks,
-            None,
-            draws,
-            self._estimator(before.precision, layout.blocks),
-            self._rate(state.count),
-        )
-        if moved:
-            scatter(layout, gaussian.loc, scales_of(gaussian.precision, layout.blocks, 1.0))
+            objective = _svi.objective_of(svi, model_args, model_kwargs, layout, seed)
+            draws = self._draws(state, seed)
+
+        if layout.members:
+            assert draws is not None  # `init` refuses the other estimator
+            members, naturals, draws = self._sweep(objective, state, draws, seed)
+        if gaussian is not None:
+            gaussian, _, moved = step(
+                gaussian,
+                tempered(objective, layout.blocks, self.temperature),
+                layout.blocks,
+                None,
+                draws,
+                self._estimator(gaussian.precision, layout.blocks),
+                self._rate(state.count),
+            )
+            if moved:
+                scatter(layout, gaussian.loc, scales_of(gaussian.precision, layout.blocks, 1.0))
+        if naturals is not None:
+            scatter_members(layout, naturals)
+
+        self.state = replace(state, count=state.count + 1, gaussian=gaussian, members=members)
         others = list(layout.others.values())
-        used = gaussian.skipped == before.skipped
+        used = gaussian is None or state.gaussian is None or gaussian.skipped == state.gaussian.skipped
         if others and used and all_finite(*(param.grad for param in others)):
             self.others(others)
-        self.state = OptState(count=state.count + 1, gaussian=gaussian, layout=layout)
-        if not used:
-            _svi.report_skipped(self.state.count, gaussian.skipped)
+        if self.state.skipped != state.skipped:
+            _svi.report_skipped(self.state.count, self.state.skipped)
+
+    def _sweep(
+        self, objective: Objective, state: OptState, draws: Draws, seed: int
+    ) -> tuple[_sweep.Sweep, dict[str, Any], Draws]:
+        """One update of every member, and the draws with which the Gaussian is to be updated given them."""
+        layout, gaussian = state.layout, state.gaussian
+        naturals = gather_members(layout)
+        design = _sweep.design_of(state.roles, naturals, len(draws.number))
+        loc, scales = gather(layout)
+        if gaussian is not None:
+            scales = scales_of(gaussian.precision, layout.blocks, gaussian.radius)
+        runs = draws._replace(
+            number=[draws.number[draw] for draw in design.draw],
+            sign=[draws.sign[draw] for draw in design.draw],
+            probes=None,
+        )
+
+        def evaluate(members: _svi.Members, others: Any) -> tuple[Tensor, Extras]:
+            each = each_draw(runs._replace(members=members.each(len(design.draw))))
+            losses, extras = zip(*(objective(loc, scales, others, draw) for draw in each), strict=True)
+            return torch.stack(losses), extras[0]
+
+        members, naturals, _, _, _ = _sweep.sweep(
+            state.members,
+            naturals,
+            evaluate,
+            None,
+            state.roles,
+            design,
+            seed,
+            self._rate(state.count),
+            self.temperature,
+        )
+        draws = runs._replace(
+            probes=None if draws.probes is None else draws.probes[design.draw],
+            members=_sweep.place(naturals, state.roles, design, seed).each(len(design.draw)),
+        )
+        return members, naturals, draws
 
     def get_state(self) -> dict[str, Any]:
         """Everything needed to continue: tensors and numbers by name, for `torch.save`."""
         if self.state is None:
             return {}
-        gaussian = self.state.gaussian
+        gaussian, members = self.state.gaussian, self.state.members
         return {
             "count": self.state.count,
-            "loc": gaussian.loc,
-            "precision": field_of(gaussian.precision),
-            "rate": vars(gaussian.rate).copy(),
-            "radius": gaussian.radius,
-            "skipped": gaussian.skipped,
+            "loc": None if gaussian is None else gaussian.loc,
+            "precision": None if gaussian is None else field_of(gaussian.precision),
+            "rate": None if gaussian is None else vars(gaussian.rate).copy(),
+            "radius": None if gaussian is None else gaussian.radius,
+            "skipped": 0 if gaussian is None else gaussian.skipped,
+            "members": {
+                "rates": {
+                    name: {**vars(rate), "last_gradient": vars(rate.last_gradient).copy()}
+                    for name, rate in members.rates.items()
+                },
+                "skipped": members.skipped,
+            },
             "sites": described(self.state.layout),
             "others": self.others.get_state(),
         }
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Continue from `get_state()`; taken up at the next step, when the guide's parameters are there."""
-        expected = {"count", "loc", "precision", "rate", "radius", "skipped", "sites", "others"}
+        expected = {"count", "loc", "precision", "rate", "radius", "skipped", "members", "sites", "others"}
         if state_dict and set(state_dict) != expected:
             raise ValueError(
                 f"BLR cannot continue from a state with the entries {sorted(map(str, state_dict))}: it expected "
@@ -316,34 +449,42 @@ class BLR(pyro.optim.PyroOptim):
 
     def _resumed(self, fresh: OptState) -> OptState:
         loaded, gaussian = self._loaded, fresh.gaussian
-        family: Any = type(gaussian.precision)
-        expected = (described(fresh.layout), field_of(gaussian.precision).shape)
-        stored = (loaded["sites"], loaded["precision"].shape)
+        shape = None if gaussian is None else tuple(field_of(gaussian.precision).shape)
+        expected = (described(fresh.layout), shape)
+        stored = (loaded["sites"], None if loaded["precision"] is None else tuple(loaded["precision"].shape))
         if stored != expected:
             raise ValueError(
-                f"the loaded BLR state belongs to the sites {stored[0]} with a precision of shape {tuple(stored[1])}; "
-                f"this guide has {expected[0]} and {tuple(expected[1])}. Load it for the guide and the options that "
+                f"the loaded BLR state belongs to the sites {stored[0]} with a precision of shape {stored[1]}; "
+                f"this guide has {expected[0]} and {expected[1]}. Load it for the guide and the options that "
                 "it was saved with, or start with a new BLR()."
             )
         self._loaded = {}
         self.others.set_state(loaded["others"])
-        return replace(
-            fresh,
-            count=loaded["count"],
-            gaussian=State(
+        if gaussian is not None:
+            precision: Any = type(gaussian.precision)
+            gaussian = State(
                 loc=loaded["loc"],
-                precision=family(loaded["precision"]),
+                precision=precision(loaded["precision"]),
                 rate=_rate.RateState(**loaded["rate"]),
                 radius=loaded["radius"],
                 skipped=loaded["skipped"],
-            ),
-        )
+            )
+        rates = {}
+        for name, rate in loaded["members"]["rates"].items():
+            family = type(fresh.members.rates[name].last_gradient)
+            rates[name] = _rate.RateState(**{**rate, "last_gradient": family(**rate["last_gradient"])})
+        members = _sweep.Sweep(rates=rates, skipped=loaded["members"]["skipped"])
+        return replace(fresh, count=loaded["count"], gaussian=gaussian, members=members)
 
-    def _draws(self, gaussian: State, seed: int) -> Draws:
-        num_pairs, loc = self.num_draws // 2, gaussian.loc
+    def _draws(self, state: OptState, seed: int) -> Draws:
+        gaussian = state.gaussian
+        if gaussian is None and all(role.kind != "drawn" for role in state.roles):
+            return Draws(number=[0], sign=[1.0], probes=None)  # the sweep's expectations are exact
+        num_pairs = self.num_draws // 2
         probes = None
-        if isinstance(gaussian.precision, DiagonalPrecision):
+        if gaussian is not None and isinstance(gaussian.precision, DiagonalPrecision):
             # a generator of their own, beside those of the draws: the host's random state does not depend on them
+            loc = gaussian.loc
             generator = torch.Generator(loc.device).manual_seed(seed + 1 + self.num_draws)
             signs = torch.randint(2, (self.num_draws, len(loc)), generator=generator, device=loc.device)
             probes = signs.to(loc.dtype) * 2 - 1
@@ -365,7 +506,11 @@ class BLR(pyro.optim.PyroOptim):
 
 def described(layout: Layout) -> list[tuple[str, str, tuple[int, ...]]]:
     """What a saved state must agree with."""
-    return [(site.name, site.block.structure, site.block.shape) for site in layout.sites]
+    sites = [(site.name, site.block.structure, site.block.shape) for site in layout.sites]
+    return sites + [
+        (member.name, member.family.__name__, tuple(layout.tensors[member.params[0]].shape))
+        for member in layout.members
+    ]
 
 
 def field_of(precision: Any) -> Tensor:

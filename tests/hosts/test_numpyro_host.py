@@ -415,7 +415,7 @@ def sgd(library: str) -> Any:
 def test_others_descend_the_same_loss(library):
     y, loc, theta = 2.0, 0.3, 1.0
     svi = SVI(empirical_bayes, scalar_guide, BLR(1.0, others=sgd(library)), Trace_ELBO())
-    with pytest.warns(UserWarning, match="parameters theta belong to no Gaussian site"):
+    with pytest.warns(UserWarning, match="parameters theta belong to no site"):
         params = svi.run(jax.random.key(0), 3, y, progress_bar=False).params
     for _ in range(3):  # both from the state before: Bayes' rule given θ, a gradient step given m
         loc, theta = (theta + y) / 2, theta - 0.1 * (theta - loc)
@@ -430,7 +430,7 @@ def test_a_parameter_that_is_a_tree_belongs_to_others():
         numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
     svi = SVI(with_net, scalar_guide, BLR(1.0, others=numpyro.optim.SGD(0.1)), Trace_ELBO())
-    with pytest.warns(UserWarning, match="parameters net belong to no Gaussian site"):
+    with pytest.warns(UserWarning, match="parameters net belong to no site"):
         params = svi.run(jax.random.key(0), 1, 2.0, progress_bar=False).params
     step = 0.1 * (3.5 - 0.3)
     check_same(params["net"], {"w": jnp.array([1.0 - step, 2.0 - step]), "b": jnp.array(0.5 - step)}, rtol=1e-12)

@@ -281,7 +281,7 @@ def test_a_frozen_scale_stays_and_its_location_is_exact():
 
 def test_a_guide_with_nothing_but_frozen_locations_is_refused():
     freeze("loc")
-    with pytest.raises(ValueError, match=r"whose loc .* are parameters"):
+    with pytest.raises(ValueError, match="whose parameters are parameters"):
         make_svi(conjugate, conjugate_guide).step()
 
 
@@ -294,7 +294,7 @@ def test_a_module_goes_to_the_other_optimizer():
         pyro.sample("y", dist.Normal(net(z), 0.5).to_event(1), obs=torch.tensor([1.5]))
 
     before = net.weight.detach().clone()
-    with pytest.warns(UserWarning, match=r"net.*belong to no Gaussian site"):
+    with pytest.warns(UserWarning, match=r"net.*belong to no site"):
         run(make_svi(with_net, AutoNormal(with_net)), 1)
     moved = (net.weight.detach() - before).abs()
     assert_allclose(moved, 1e-3, rtol=1e-4)  # Adam's first step is its rate
@@ -621,7 +621,7 @@ def test_others_descend_the_hosts_loss():
     """With the KL in closed form the gradient in θ is θ − m, whatever is drawn."""
     loc, theta = 0.3, 1.0
     svi = make_svi(empirical_bayes, scalar_guide, TraceMeanField_ELBO(), others=pyro.optim.SGD({"lr": 0.1}))
-    with pytest.warns(UserWarning, match="parameters theta belong to no Gaussian site"):
+    with pytest.warns(UserWarning, match="parameters theta belong to no site"):
         run(svi, 3)
     for _ in range(3):  # both from the state before: Bayes' rule given θ, a gradient step given m
         loc, theta = (theta + 2.0) / 2, theta - 0.1 * (theta - loc)

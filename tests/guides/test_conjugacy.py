@@ -1,0 +1,177 @@
+"""Exact conjugacy, found and not declared: one step is Bayes' rule, a sweep is coordinate-ascent variational Bayes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ..conjugate import CONDITIONAL, CONJUGATE, gamma_poisson, regression
+
+SWEEPS = 4
+
+
+def assert_natural(found: dict, expected: dict, rtol: float) -> None:
+    assert found.keys() >= expected.keys()
+    for site, leaves in expected.items():
+        for actual, desired in zip(found[site], leaves, strict=True):
+            scale = np.abs(desired).max() if np.ndim(desired) else abs(desired)
+            np.testing.assert_allclose(actual, np.broadcast_to(desired, actual.shape), rtol=rtol, atol=rtol * scale)
+
+
+@pytest.mark.parametrize("make", CONJUGATE, ids=lambda make: make.__name__)
+def test_one_full_step_is_the_exact_posterior(backend, make):
+    case = make()
+    with backend.promotion(lax=case.lax):
+        fit = backend.start_families(case.make, case.args, case.options, learning_rate=1.0)
+        assert_natural(fit.run(1).naturals(), case.posterior, rtol=1e-8)
+
+
+@pytest.mark.parametrize("make", [regression, gamma_poisson], ids=lambda make: make.__name__)
+def test_the_exact_posterior_is_a_fixed_point_of_the_default_rule_and_its_loss_is_exact(backend, make):
+    case = make()
+    fit = backend.start_families(case.make, case.args, case.options).run(3)
+    assert_natural(fit.naturals(), case.posterior, rtol=1e-8)
+    # nothing is drawn: two losses at the same posterior are the same number
+    np.testing.assert_allclose(fit.losses[1], fit.losses[2], rtol=1e-10)
+
+
+@pytest.mark.parametrize("make", CONDITIONAL, ids=lambda make: make.__name__)
+def test_a_sweep_is_coordinate_ascent(backend, make):
+    case = make()
+    with backend.promotion(lax=case.lax):
+        fit = backend.start_families(case.make, case.args, {"start": case.start}, learning_rate=1.0)
+        expected = fit.naturals()
+        for _ in range(SWEEPS):
+            expected = {**expected, **case.sweep(expected)}
+        found = fit.run(SWEEPS).naturals()
+    assert_natural(found, {name: expected[name] for name in case.sweep(expected)}, rtol=1e-8)
+
+
+def gamma_poisson_in_batches(host):
+    def model(counts):
+        rate = host.sample("rate", host.dist.Gamma(2.0, 0.5))
+        with host.plate("data", 12, subsample_size=4) as rows:
+            host.sample("counts", host.dist.Poisson(rate), obs=counts[rows])
+
+    return model
+
+
+@pytest.mark.parametrize("learning_rate", [1.0, 0.25])
+def test_a_subsampled_plate_gives_the_stochastic_update(backend, learning_rate):
+    """λ ← (1 − ρ) λ + ρ (λ₀ + N/M Σ_batch T), where the total of every batch of four is the same by construction."""
+    counts = np.full(12, 3.0)
+    fit = backend.start_families(gamma_poisson_in_batches, (counts,), {}, learning_rate=learning_rate)
+    ((log, linear),) = fit.naturals().values()
+    expected = (
+        (1 - learning_rate) * log + learning_rate * (1 + 36),
+        (1 - learning_rate) * linear + learning_rate * (-0.5 - 12),
+    )
+    assert_natural(fit.run(1).naturals(), {"rate": expected}, rtol=1e-10)
+
+
+def test_local_sites_of_a_subsampled_plate_move_only_in_the_batch_and_all_the_way(backend):
+    counts = np.arange(12.0)
+
+    def make(host):
+        def model(counts):
+            with host.plate("data", 12, subsample_size=4) as rows:
+                rate = host.sample("rate", host.dist.Gamma(2.0, 0.5))
+                host.sample("counts", host.dist.Poisson(rate), obs=counts[rows])
+
+        return model
+
+    fit = backend.start_families(make, (counts,), {}, learning_rate=0.3)
+    before = fit.naturals()["rate"]
+    after = fit.run(1).naturals()["rate"]
+    moved = after[0] != before[0]
+    assert moved.sum() == 4
+    np.testing.assert_allclose(after[0][moved], (1 + counts)[moved], rtol=1e-10)
+    np.testing.assert_allclose(after[1][moved], np.full(4, -1.5), rtol=1e-10)
+    np.testing.assert_array_equal(after[1][~moved], before[1][~moved])
+
+
+def test_extreme_concentrations_and_counts(backend, random):
+    """Prior concentrations from 1e-6 to 1e8 and up to a billion counts: two steps from a start that knows nothing."""
+
+    def make(host):
+        def model(a, b, successes, failures):
+            share = host.sample("share", host.dist.Beta(a, b))
+            rate = host.sample("rate", host.dist.Gamma(a, b))
+            with host.plate("data", 1):
+                log_likelihood = successes * (host.xp.log(share) + host.xp.log(rate))
+                log_likelihood = log_likelihood + failures * (host.xp.log1p(-share) - rate)
+                nothing = host.array(np.zeros(1))
+                host.sample("y", host.dist.Delta(nothing, log_density=log_likelihood), obs=nothing)
+
+        return model
+
+    start = tuple(np.array(value) for value in (1.0, 1.0, 3.0, 2.0))
+    fit = backend.start_families(make, start, {}, learning_rate=1.0)
+    for _ in range(20):
+        a, b = 10 ** random.uniform(-6, 8, size=2)
+        successes, failures = 10 ** random.uniform(0, 9, size=2)
+        found = fit.anew(a, b, successes, failures).run(2).naturals()
+        np.testing.assert_allclose(found["share"], (a - 1 + successes, b - 1 + failures), rtol=1e-8)
+        np.testing.assert_allclose(found["rate"], (a - 1 + successes, -b - failures), rtol=1e-8)
+
+
+def test_a_hand_written_stock_guide_gets_the_same_updates(backend):
+    """The coin of the hosts' tutorials on stochastic variational inference."""
+    tosses = np.array([1.0] * 6 + [0.0] * 4)
+
+    def make_model(host):
+        def model(data):
+            fairness = host.sample("latent_fairness", host.dist.Beta(10.0, 10.0))
+            with host.plate("N", len(data)):
+                host.sample("obs", host.dist.Bernoulli(fairness), obs=data)
+
+        return model
+
+    def make_guide(host, model):
+        def guide(data):
+            alpha = host.param("alpha_q", host.array(15.0), constraint=host.constraints.positive)
+            beta = host.param("beta_q", host.array(15.0), constraint=host.constraints.positive)
+            host.sample("latent_fairness", host.dist.Beta(alpha, beta))
+
+        return guide
+
+    fit = backend.start(make_model, make_guide, (tosses,), learning_rate=1.0).run(1)
+    np.testing.assert_allclose([fit.params["alpha_q"], fit.params["beta_q"]], [16.0, 14.0], rtol=1e-10)
+
+
+def test_natural_param_in_a_guide_by_hand(backend):
+    counts = np.array([3.0, 5.0, 2.0])
+
+    def make_model(host):
+        def model(counts):
+            with host.plate("data", 3):
+                rate = host.sample("rate", host.dist.Gamma(2.0, 0.5))
+                host.sample("counts", host.dist.Poisson(rate), obs=counts)
+
+        return model
+
+    def make_guide(host, model):
+        def guide(counts):
+            with host.plate("data", 3):
+                start = host.dist.Gamma(host.array(np.ones(3)), host.array(np.ones(3)))
+                host.sample("rate", backend.natural_param("rate_natural", start))
+
+        return guide
+
+    fit = backend.start(make_model, make_guide, (counts,), learning_rate=1.0).run(1)
+    log, linear = backend.natural_leaves(fit, "rate_natural")
+    np.testing.assert_allclose(log, 1 + counts, rtol=1e-10)
+    np.testing.assert_allclose(linear, np.full(3, -1.5), rtol=1e-10)
+
+
+def test_cells_that_meet_in_a_term_cannot_be_summed_one_by_one(backend):
+    def make(host):
+        def model(y):
+            with host.plate("switches", 3):
+                switch = host.sample("switch", host.dist.Bernoulli(0.3))
+            host.sample("y", host.dist.Normal(1.0 * switch.sum(), 1.0), obs=y)
+
+        return model
+
+    with backend.promotion(lax=True), pytest.raises(ValueError, match="'switch' is summed cell by cell"):
+        backend.start_families(make, (np.array(2.0),), {}).run(1)
