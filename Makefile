@@ -37,11 +37,12 @@ format: $(INSTALLED)  ## repair style and format where that is safe
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## measure the cost of a step
+bench: $(INSTALLED)  ## measure the cost of a step, and the number of steps on conjugate models
 	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/conjugate.py
 
-clean:  ## remove .venv and whatever the tools and the demo left
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png
+clean:  ## remove .venv and whatever the tools and the examples left
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png streaming.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt

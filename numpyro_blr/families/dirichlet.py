@@ -14,13 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
-from jax.nn import logsumexp
+from jax.nn import logsumexp, softmax
 from jax.scipy.special import digamma, gammaln, polygamma
 
 from ._natural import Natural, at_both, family, smallest_spread
 from ._special import trigamma_excess
 
 __all__ = ["DirichletNatural"]
+
+
+NUM_ITERATIONS = 40
 
 
 @family(dist.Dirichlet)
@@ -118,18 +121,17 @@ def log_sigma_points(concentration: Array, signs: Array) -> Array:
         spread = spread[..., None]
         return logsumexp(center + spread * direction, -1), logsumexp(center - spread * direction, -1)
 
-    def excess(spread: Array) -> Array:
-        return jnp.stack(normalizers(spread)).mean(0)
+    def slope(spread: Array) -> Array:
+        spread = spread[..., None]
+        tilt = softmax(center + spread * direction, -1) - softmax(center - spread * direction, -1)
+        return (direction * tilt).sum(-1) / 2
 
-    # convex, even and increasing: Newton's method from the right of the root comes down to it
+    # the mean of both is convex, even and increasing: Newton's method from the right of its root comes down to it
     def newton(_: int, spread: Array) -> Array:
-        value, slope = jax.jvp(excess, (spread,), (jnp.ones_like(spread),))
-        return jnp.maximum(spread - value / slope, smallest_spread(spread.dtype))
+        return jnp.maximum(spread - sum(normalizers(spread)) / 2 / slope(spread), smallest_spread(spread.dtype))
 
-    first, second = center[..., 0], center[..., 1]
     gap = jnp.abs(direction[..., 0]) + jnp.abs(direction[..., 1])
-    start = -(first + second) / gap
-    spread = jax.lax.fori_loop(0, 40, newton, start)
+    spread = jax.lax.fori_loop(0, NUM_ITERATIONS, newton, -(center[..., 0] + center[..., 1]) / gap)
     up, down = normalizers(spread)
     normalizer = jnp.where(signs[..., 0] > 0, up, down)
     return center + signs * spread[..., None] * direction - normalizer[..., None]

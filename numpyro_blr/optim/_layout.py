@@ -72,7 +72,7 @@ class Member:
     """A sample site of the guide whose natural parameters are parameters, or follow from parameters.
 
     Attributes:
-        name: of the sample site; of a joint family, of the parameter.
+        name: of the sample site, or of the several of a joint family with commas between.
         sites: the sample sites whose values a value of the family splits into.
         family: its class of natural parameters.
         params: the one parameter that holds natural parameters, or those of the host's distribution.
@@ -242,7 +242,7 @@ def _joint_members(guide_trace: dict, params: Mapping[str, Any]) -> list[Member]
         sites = tuple(messages[index]["name"] for index in sorted(messages))
         members.append(
             Member(
-                name=param,
+                name=",".join(sites),
                 sites=sites,
                 family=type(params[param]),
                 params=(param,),

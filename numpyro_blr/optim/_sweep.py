@@ -159,11 +159,10 @@ def sweep(
     Returns:
         the next state, the members, the loss where the step began, the gradient of `others`, the extras.
     """
-    keys = keys_of(roles, rng_key)
+    keys, members = keys_of(roles, rng_key), place(naturals, roles, design, rng_key)
     rates, skipped, first = dict(state.rates), jnp.zeros((), bool), None
     for role in roles:
         name, natural = role.name, naturals[role.name]
-        members = place(naturals, roles, design, rng_key)
         losses, extras, slopes, g_others = slopes_of(role, natural, evaluate, members, others)
         if first is None:
             first = losses.mean() - temperature * _entropy(naturals, extras), g_others, extras
@@ -172,8 +171,8 @@ def sweep(
 
         if role.kind == "drawn":
 
-            def losses_at(proposed: Natural, name: str = name, naturals: dict[str, Natural] = naturals) -> Array:
-                return evaluate(place({**naturals, name: proposed}, roles, design, rng_key), others)[0]
+            def losses_at(proposed: Natural, role: Role = role, members: Members = members) -> Array:
+                return evaluate(_moved(members, role, proposed, design, keys[role.name]), others)[0]
 
             rates[name], proposed = _drawn_step(
                 natural, rates[name], design, keys[name], slopes, losses, weight, covered, learning_rate, losses_at
@@ -186,6 +185,7 @@ def sweep(
         usable = proposed.in_domain()
         skipped |= (covered & ~usable).any()
         naturals = {**naturals, name: proposed.where(covered & usable, natural)}
+        members = _moved(members, role, naturals[name], design, keys[name])
 
     assert first is not None, "a sweep needs a member"
     return Sweep(rates, state.skipped + skipped.astype(jnp.int32)), naturals, *first
@@ -193,20 +193,31 @@ def sweep(
 
 def place(naturals: Mapping[str, Natural], roles: Sequence[Role], design: Design, rng_key: Array) -> Members:
     """The values of every member in every run [R, *batch, *event], and of finite ones the weights of their cells."""
-    keys = keys_of(roles, rng_key)
-    values, weights = {}, {}
+    keys, members = keys_of(roles, rng_key), Members({}, {})
     for role in roles:
-        natural, level = naturals[role.name], design.level.get(role.name)
-        if role.kind == "affine":
-            signs = jnp.asarray(design.signs[role.name], natural.flat().dtype)
-            values[role.name] = natural.sigma_points(signs)[level]
-        elif role.kind == "finite":
-            points = jnp.arange(natural.num_values).reshape(-1, *[1] * len(natural.batch_shape))
-            values[role.name] = jnp.broadcast_to(points, (natural.num_values, *natural.batch_shape))[level]
-            weights[role.name] = natural.num_values * natural.probabilities()[level]
-        else:
-            values[role.name] = samples(natural, design.num_draws, keys[role.name])[design.draw]
-    return Members(values, weights)
+        members = _moved(members, role, naturals[role.name], design, keys[role.name])
+    return members
+
+
+def _moved(members: Members, role: Role, natural: Natural, design: Design, rng_key: Array) -> Members:
+    """The same runs with one member's own values and weights."""
+    value, weight = _points(role, natural, design, rng_key)
+    weights = members.weights if weight is None else {**members.weights, role.name: weight}
+    return members._replace(values={**members.values, role.name: value}, weights=weights)
+
+
+def _points(role: Role, natural: Natural, design: Design, rng_key: Array) -> tuple[Array, Array | None]:
+    if role.kind == "drawn":
+        return samples(natural, design.num_draws, rng_key)[design.draw], None
+    level = design.level[role.name]
+    if role.kind == "affine":
+        signs = jnp.asarray(design.signs[role.name], natural.flat().dtype)
+        return natural.sigma_points(signs)[level], None
+    if role.kind == "finite":
+        points = jnp.arange(natural.num_values).reshape(-1, *[1] * len(natural.batch_shape))
+        points = jnp.broadcast_to(points, (natural.num_values, *natural.batch_shape))
+        return points[level], natural.num_values * natural.probabilities()[level]
+    raise ValueError(f"a role is 'affine', 'finite' or 'drawn', got {role.kind!r}.")
 
 
 def keys_of(roles: Sequence[Role], rng_key: Array) -> dict[str, Array]:

@@ -62,6 +62,14 @@ class Vector:
         pairs = zip(_leaves(self), _leaves(other), self.ranks, strict=True)
         return functools.reduce(torch.add, (_sum_rightmost(a * b, rank) for a, b, rank in pairs))
 
+    def __getitem__(self, index: Any) -> Self:
+        """Members of the batch, by an index of its axes from the left."""
+        return type(self)(*(leaf[index] for leaf in _leaves(self)))
+
+    def sum(self, axis: int = 0) -> Self:
+        """Over an axis of the batch, counted from the left."""
+        return type(self)(*(leaf.sum(axis) for leaf in _leaves(self)))
+
     def where(self, condition: Tensor, otherwise: Self) -> Self:
         """This where the condition holds, `otherwise` elsewhere; the condition has the batch's shape."""
         chosen = [

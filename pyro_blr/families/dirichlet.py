@@ -21,6 +21,9 @@ from ._special import trigamma_excess
 __all__ = ["DirichletNatural"]
 
 
+NUM_ITERATIONS = 40
+
+
 @family(dist.Dirichlet, torch.distributions.Dirichlet)
 class DirichletNatural(Natural):
     """λ = α − 1, of shape [*batch, K]."""
@@ -114,16 +117,19 @@ def log_sigma_points(concentration: Tensor, signs: Tensor) -> Tensor:
         spread = spread[..., None]
         return (center + spread * direction).logsumexp(-1), (center - spread * direction).logsumexp(-1)
 
-    def excess(spread: Tensor) -> Tensor:
-        return torch.stack(normalizers(spread)).mean(0)
+    def slope(spread: Tensor) -> Tensor:
+        spread = spread[..., None]
+        tilt = (center + spread * direction).softmax(-1) - (center - spread * direction).softmax(-1)
+        return (direction * tilt).sum(-1) / 2
 
-    # convex, even and increasing: Newton's method from the right of the root comes down to it
-    first, second = center[..., 0], center[..., 1]
+    # the mean of both is convex, even and increasing: Newton's method from the right of its root comes down to it
     gap = direction[..., 0].abs() + direction[..., 1].abs()
-    spread = -(first + second) / gap
-    for _ in range(40):
-        value, slope = torch.func.jvp(excess, (spread,), (torch.ones_like(spread),))[:2]
-        spread = (spread - value / slope).clamp(min=smallest_spread(spread.dtype))
+    spread, least = -(center[..., 0] + center[..., 1]) / gap, smallest_spread(center.dtype)
+    for _ in range(NUM_ITERATIONS):
+        last = spread
+        spread = (spread - sum(normalizers(spread)) / 2 / slope(spread)).clamp(min=least)
+        if torch.allclose(spread, last, rtol=torch.finfo(spread.dtype).eps, atol=0):
+            break
     up, down = normalizers(spread)
     normalizer = torch.where(signs[..., 0] > 0, up, down)
     return center + signs * spread[..., None] * direction - normalizer[..., None]

@@ -74,7 +74,7 @@ class Member:
     """A sample site of the guide whose natural parameters are parameters, or follow from parameters.
 
     Attributes:
-        name: of the sample site; of a joint family, of the parameter.
+        name: of the sample site, or of the several of a joint family with commas between.
         sites: the sample sites whose values a value of the family splits into.
         family: its class of natural parameters.
         params: the parameters that hold the fields of natural parameters, or those of the host's distribution.
@@ -342,14 +342,14 @@ def _joint_members(probe: Probe) -> list[Member]:
             components.setdefault(param, {})[index] = message
     members = []
     for params, natural in probe.naturals():
-        name = params[0].rpartition(".")[0]
-        messages = components.get(name)
+        messages = components.get(params[0].rpartition(".")[0])
         if messages is None:
             continue
+        sites = tuple(messages[index]["name"] for index in sorted(messages))
         members.append(
             Member(
-                name=name,
-                sites=tuple(messages[index]["name"] for index in sorted(messages)),
+                name=",".join(sites),
+                sites=sites,
                 family=type(natural),
                 params=params,
                 keys=(),

@@ -158,11 +158,10 @@ def sweep(
         the next state, the members, the loss where the step began, the gradient of `others` (None: the host's own
         backward pass has it), the extras.
     """
-    seeds = seeds_of(roles, seed)
+    seeds, members = seeds_of(roles, seed), place(naturals, roles, design, seed)
     rates, skipped, first = dict(state.rates), False, None
     for role in roles:
         name, natural = role.name, naturals[role.name]
-        members = place(naturals, roles, design, seed)
         losses, extras, slopes, g_others = slopes_of(role, natural, evaluate, members, others)
         if first is None:
             first = losses.mean() - temperature * _entropy(naturals, extras), g_others, extras
@@ -171,8 +170,9 @@ def sweep(
 
         if role.kind == "drawn":
 
-            def losses_at(proposed: Natural, name: str = name, naturals: dict[str, Natural] = naturals) -> Tensor:
-                return _without_gradient(evaluate, place({**naturals, name: proposed}, roles, design, seed), others)
+            def losses_at(proposed: Natural, role: Role = role, members: Members = members) -> Tensor:
+                moved = _moved(members, role, proposed, design, seeds[role.name])
+                return _without_gradient(evaluate, moved, others)
 
             rates[name], proposed = _drawn_step(
                 natural, rates[name], design, seeds[name], slopes, losses, weight, covered, learning_rate, losses_at
@@ -185,6 +185,7 @@ def sweep(
         usable = proposed.in_domain()
         skipped |= bool((covered & ~usable).any())
         naturals = {**naturals, name: proposed.where(covered & usable, natural)}
+        members = _moved(members, role, naturals[name], design, seeds[name])
 
     assert first is not None, "a sweep needs a member"
     return Sweep(rates, state.skipped + skipped), naturals, *first
@@ -192,19 +193,30 @@ def sweep(
 
 def place(naturals: Mapping[str, Any], roles: Sequence[Role], design: Design, seed: int) -> Members:
     """The values of every member in every run [R, *batch, *event], and of finite ones the weights of their cells."""
-    seeds = seeds_of(roles, seed)
-    values, weights = {}, {}
+    seeds, members = seeds_of(roles, seed), Members({}, {})
     for role in roles:
-        natural, level = naturals[role.name], design.level.get(role.name)
-        if role.kind == "affine":
-            signs = torch.as_tensor(design.signs[role.name]).to(natural.flat())
-            values[role.name] = natural.sigma_points(signs)[level]
-        elif role.kind == "finite":
-            values[role.name] = natural.to_distribution().enumerate_support()[level]  # of the host's dtype
-            weights[role.name] = natural.num_values * natural.probabilities()[level]
-        else:
-            values[role.name] = samples(natural, design.num_draws, seeds[role.name])[design.draw]
-    return Members(values, weights)
+        members = _moved(members, role, naturals[role.name], design, seeds[role.name])
+    return members
+
+
+def _moved(members: Members, role: Role, natural: Any, design: Design, seed: int) -> Members:
+    """The same runs with one member's own values and weights."""
+    value, weight = _points(role, natural, design, seed)
+    weights = members.weights if weight is None else {**members.weights, role.name: weight}
+    return members._replace(values={**members.values, role.name: value}, weights=weights)
+
+
+def _points(role: Role, natural: Any, design: Design, seed: int) -> tuple[Tensor, Tensor | None]:
+    if role.kind == "drawn":
+        return samples(natural, design.num_draws, seed)[design.draw], None
+    level = design.level[role.name]
+    if role.kind == "affine":
+        signs = torch.as_tensor(design.signs[role.name]).to(natural.flat())
+        return natural.sigma_points(signs)[level], None
+    if role.kind == "finite":
+        points = natural.to_distribution().enumerate_support()  # of the host's dtype
+        return points[level], natural.num_values * natural.probabilities()[level]
+    raise ValueError(f"a role is 'affine', 'finite' or 'drawn', got {role.kind!r}.")
 
 
 def seeds_of(roles: Sequence[Role], seed: int) -> dict[str, int]:

@@ -556,6 +556,16 @@ def test_a_distribution_without_a_family_is_refused(backend):
         backend.natural_of(distribution)
 
 
+def test_members_of_a_batch_are_indexed_and_summed(backend):
+    dist, array = backend.host.dist, backend.array
+    scales = np.array([[[2.0, 0.0], [1.0, 1.0]], [[1.0, 0.0], [0.5, 3.0]]])
+    natural = backend.natural_of(dist.MultivariateNormal(array(np.ones((2, 2))), scale_tril=array(scales)))
+    first, second = natural[0], natural[1]
+    assert tuple(first.batch_shape) == ()
+    for total, one, other in zip(*map(backend.leaves, (natural.sum(), first, second)), strict=True):
+        np.testing.assert_allclose(total, one + other, rtol=1e-12)
+
+
 @every_case
 def test_like_inverts_flat(backend, case):
     natural = case.natural(backend, (2, 3))

@@ -80,6 +80,23 @@ def test_the_contributions_of_a_logistic_regression_sum_to_its_posterior_and_lea
         assert (np.abs(predicted - actual) < 0.15 * sds).all()
 
 
+def test_a_joint_site_has_contributions_under_its_name_in_the_guide(backend):
+    y = np.array([1.0, 2.5, 0.5])
+
+    def make(host):
+        def model(y):
+            tau = host.sample("tau", host.dist.Gamma(2.0, 1.0))
+            mu = host.sample("mu", host.dist.Normal(1.0, (0.5 * tau) ** -0.5))
+            with host.plate("data", 3):
+                host.sample("y", host.dist.Normal(mu, tau**-0.5), obs=y)
+
+        return model
+
+    parts = backend.start_families(make, (y,), {}, learning_rate=1.0).run(1).contributions(plate="data")["mu,tau"]
+    each = (np.full(3, 0.5), -(y**2) / 2, y, np.full(3, -0.5))  # of log τ, τ, τ μ, τ μ²
+    np.testing.assert_allclose(parts["data"], each, rtol=1e-8, atol=1e-8)
+
+
 def test_bad_arguments(backend):
     fit = fitted(backend, COUNTS)
     with pytest.raises(ValueError, match="no plate 'days'; its plates are 'data'"):
