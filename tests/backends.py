@@ -6,6 +6,8 @@ only when their bridge is built, so that each can be tested where the other is n
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -49,6 +51,10 @@ class Bridge:
     @cached_property
     def gradients(self) -> Any:
         return self.module("gradients")
+
+    @cached_property
+    def guides(self) -> Any:
+        return self.module("guides")
 
     @cached_property
     def blr(self) -> Any:
@@ -366,6 +372,11 @@ class NumPyroFit:
         self.state = self.first_state._replace(rng_key=self.bridge.jax.random.key(seed))
         return self
 
+    def stopped_and_resumed(self) -> NumPyroFit:
+        """The state through a pickle."""
+        self.state = pickle.loads(pickle.dumps(self.state))
+        return self
+
     def anew(self, *args: Any) -> NumPyroFit:
         """Start anew with other arguments."""
         self.args = tuple(map(self.bridge.argument, args))
@@ -573,6 +584,21 @@ class PyroFit:
         self.guide = self.make_guide(self.bridge.host, self.model)
         self.guide(*self.args)  # makes its parameters
         self.svi = self.bridge.pyro.infer.SVI(self.model, self.guide, self.bridge.BLR(**self.options), self.loss)
+        return self
+
+    def stopped_and_resumed(self) -> PyroFit:
+        """The states of the optimizer, the parameter store and the random numbers, through a file, in new objects."""
+        store, rng_state = self.bridge.pyro.get_param_store(), self.bridge.pyro.util.get_rng_state()
+        saved = io.BytesIO()
+        self.bridge.torch.save((self.svi.optim.get_state(), store.get_state()), saved)
+        losses = self.losses
+        self.again(seed=0)
+        saved.seek(0)
+        optimizer, parameters = self.bridge.torch.load(saved, weights_only=False)
+        store.set_state(parameters)
+        self.svi.optim.set_state(optimizer)
+        self.bridge.pyro.util.set_rng_state(rng_state)
+        self.losses = losses
         return self
 
     def anew(self, *args: Any) -> PyroFit:

@@ -86,12 +86,6 @@ def summands(model: Callable, x, y, prior: Natural) -> Natural:
     return site_contributions(svi, x, y, prior, plate="patients")["weights"]["patients"]
 
 
-def rows(natural: Natural, index, sum_up: bool = False) -> Natural:
-    """These of a batch, or their sum."""
-    leaves = (leaf[index] for leaf in vars(natural).values())
-    return type(natural)(*(leaf.sum(0) if sum_up else leaf for leaf in leaves))
-
-
 def stack(naturals: Sequence[Natural]) -> Natural:
     """One batch of them."""
     return type(naturals[0])(*map(torch.stack, zip(*(vars(q).values() for q in naturals), strict=True)))
@@ -120,7 +114,7 @@ def study(model: Callable, num_refits: int) -> dict[str, tuple[Natural, Natural,
     for batch in batches:
         streamed = fit(model, *batch, streamed)
     parts = [fit(model, *batch, PRIOR) for batch in batches]
-    forgotten = full - rows(each, slice(-BATCH, None), sum_up=True)
+    forgotten = full - each[-BATCH:].sum()
 
     left_out = full - each  # all of them
     influence = np.abs((moments(left_out)[0] - moments(full)[0]) / moments(full)[1]).max(axis=-1)
@@ -132,7 +126,7 @@ def study(model: Callable, num_refits: int) -> dict[str, tuple[Natural, Natural,
         "batches one after another": (streamed, full, parts[0]),
         "parts merged": (merge(PRIOR, parts), full, parts[0]),
         "a batch forgotten": (forgotten, fit(model, x[:-BATCH], y[:-BATCH], PRIOR), full),
-        "a patient left out": (rows(left_out, chosen), stack([fit(model, x[i], y[i], PRIOR) for i in kept]), full),
+        "a patient left out": (left_out[chosen], stack([fit(model, x[i], y[i], PRIOR) for i in kept]), full),
     }
 
 

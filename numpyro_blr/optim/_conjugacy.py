@@ -46,6 +46,7 @@ def find_roles(
 
     Raises:
         ValueError: the cells of a discrete member meet in a term of ℓ, or lie outside its plates.
+        TypeError: the values are traced.
     """
     random = np.random.default_rng(0)
     candidates = [role for member in members for role in _candidates(member, naturals[member.name])]
@@ -68,10 +69,16 @@ def find_roles(
             meets.append([_varies(slopes[name][rows]) for name in fresh])
         return jnp.asarray(holds), jnp.asarray(meets)
 
-    holds, meets = map(np.asarray, verdicts(dict(naturals)))
+    verdict = verdicts(dict(naturals))
+    if any(isinstance(array, jax.core.Tracer) for array in verdict):
+        raise TypeError(
+            "how the sites of an exponential-family guide take part is found by evaluating the loss: call `svi.init` "
+            "(or `svi.run`) outside jit, vmap and scan. `svi.update` runs inside them."
+        )
+    holds, meets = map(np.asarray, verdict)
     found: dict[str, Role] = {}
-    for role, verdict in zip(candidates, holds, strict=True):
-        if verdict:
+    for role, held in zip(candidates, holds, strict=True):
+        if held:
             found.setdefault(role.name, role)
         elif role.kind != "affine":
             raise ValueError(

@@ -139,6 +139,54 @@ def test_a_hand_written_stock_guide_gets_the_same_updates(backend):
     np.testing.assert_allclose([fit.params["alpha_q"], fit.params["beta_q"]], [16.0, 14.0], rtol=1e-10)
 
 
+def test_every_family_of_a_stock_guide_by_hand_is_recognised(backend):
+    """By concentrations, by logits and by probabilities; the model has no data, so that the prior is the answer."""
+
+    def make_model(host):
+        def model():
+            host.sample("shares", host.dist.Dirichlet(host.array([1.0, 2.0, 3.0])))
+            host.sample("rate", host.dist.Gamma(host.array(2.0), 0.5))
+            host.sample("which", host.dist.Categorical(host.array([0.2, 0.3, 0.5])))
+            host.sample("other", host.dist.Categorical(host.array([0.5, 0.5])))
+            host.sample("switch", host.dist.Bernoulli(host.array(0.3)))
+
+        return model
+
+    def make_guide(host, model):
+        def guide():
+            positive, simplex = host.constraints.positive, host.constraints.simplex
+            shares = host.param("shares_concentration", host.array(np.ones(3)), constraint=positive)
+            host.sample("shares", host.dist.Dirichlet(shares))
+            concentration = host.param("concentration", host.array(1.0), constraint=positive)
+            host.sample(
+                "rate", host.dist.Gamma(concentration, host.param("rate_", host.array(1.0), constraint=positive))
+            )
+            host.sample("which", host.dist.Categorical(logits=host.param("logits", host.array(np.zeros(3)))))
+            probs = host.param("probs", host.array([0.4, 0.6]), constraint=simplex)
+            host.sample("other", host.dist.Categorical(probs))
+            host.sample("switch", host.dist.Bernoulli(logits=host.param("logit", host.array(0.0))))
+
+        return guide
+
+    with backend.promotion(lax=True):
+        loss = backend.loss(backend.discrete_loss)
+        params = backend.start(make_model, make_guide, (), loss=loss, learning_rate=1.0).run(1).params
+    np.testing.assert_allclose(params["shares_concentration"], [1.0, 2.0, 3.0], rtol=1e-8)
+    np.testing.assert_allclose([params["concentration"], params["rate_"]], [2.0, 0.5], rtol=1e-8)
+    logits = np.exp(params["logits"])
+    np.testing.assert_allclose(logits / logits.sum(), [0.2, 0.3, 0.5], rtol=1e-8)
+    np.testing.assert_allclose(params["probs"], [0.5, 0.5], rtol=1e-8)
+    np.testing.assert_allclose(params["logit"], np.log(0.3 / 0.7), rtol=1e-8)
+
+
+def test_a_stopped_fit_goes_on_as_if_it_had_not_stopped(backend):
+    """With minibatches, whose rate the state carries."""
+    counts = np.random.default_rng(0).poisson(4.0, size=12).astype(float)
+    whole = backend.start_families(gamma_poisson_in_batches, (counts,), {}).run(6)
+    parts = backend.start_families(gamma_poisson_in_batches, (counts,), {}).run(3)
+    np.testing.assert_array_equal(parts.stopped_and_resumed().run(3).naturals()["rate"], whole.naturals()["rate"])
+
+
 def test_natural_param_in_a_guide_by_hand(backend):
     counts = np.array([3.0, 5.0, 2.0])
 
@@ -175,3 +223,43 @@ def test_cells_that_meet_in_a_term_cannot_be_summed_one_by_one(backend):
 
     with backend.promotion(lax=True), pytest.raises(ValueError, match="'switch' is summed cell by cell"):
         backend.start_families(make, (np.array(2.0),), {}).run(1)
+
+
+def test_temperature_divides_the_natural_parameters(backend):
+    """λ = −∇_μ E_q[ℓ] / τ minimises E_q[ℓ] − τ H(q)."""
+    case = gamma_poisson()
+    fit = backend.start_families(case.make, case.args, {}, learning_rate=1.0, temperature=2.0)
+    cold = {"rate": tuple(leaf / 2 for leaf in case.posterior["rate"])}
+    assert_natural(fit.run(1).naturals(), cold, rtol=1e-8)
+
+
+def test_the_analytic_loss_of_the_host_gives_the_same(backend):
+    case = gamma_poisson()
+
+    def make_guide(host, model):
+        return backend.guides.AutoExponentialFamily(model)
+
+    loss = backend.loss("TraceMeanField_ELBO")
+    fit = backend.start(case.make, make_guide, case.args, loss=loss, learning_rate=1.0)
+    assert_natural(fit.run(1).naturals(), case.posterior, rtol=1e-8)
+
+
+def test_a_parameter_of_the_model_is_moved_beside_the_members(backend):
+    """rate ~ Gamma(2, b) with b a parameter, whose best value has E_q[rate] = 2/b."""
+    counts = np.array([3.0, 5.0, 4.0])
+
+    def make(host):
+        def model(counts):
+            scale = host.param("scale", host.array(1.0), constraint=host.constraints.positive)
+            rate = host.sample("rate", host.dist.Gamma(2.0, scale))
+            with host.plate("data", 3):
+                host.sample("counts", host.dist.Poisson(rate), obs=counts)
+
+        return model
+
+    with pytest.warns(UserWarning, match="the parameters scale belong to no site"):
+        fit = backend.start_families(make, (counts,), {}, others=backend.gradient_descent(0.1)).run(60)
+    scale = fit.params["scale"]
+    log, linear = fit.naturals()["rate"]
+    np.testing.assert_allclose(linear, -scale - 3, rtol=0.02)  # of the step before
+    assert abs(2 / scale - (log + 1) / -linear) < 0.2
