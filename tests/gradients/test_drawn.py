@@ -88,3 +88,24 @@ def test_directions_vanish_at_the_posterior(backend, name):
     directions = drawn.directions(natural, slopes, backend.array(np.ones(2)), key)
     for leaf in backend.leaves(directions):
         np.testing.assert_allclose(leaf, np.zeros_like(leaf), atol=1e-9)
+
+
+def test_the_score_is_unbiased_where_the_sampler_has_no_derivative(backend):
+    """Of a von Mises variable, f = sin 2θ: Cov(T)⁻¹ Cov(T, f) by quadrature."""
+    drawn = backend.module("gradients.drawn")
+    with backend.promotion(lax=True):
+        natural = backend.natural_of(backend.host.dist.VonMises(backend.array(0.7), backend.array(1.5)))
+        assert drawn.estimator_of(natural) == "score"
+        key = backend.noise_key(4)
+        values = drawn.samples(natural, NUM_DRAWS, key)
+        losses = backend.array(np.sin(2 * backend.to_numpy(values)))
+        estimates = backend.leaves(drawn.natural_gradients(natural, losses, values, key))
+    angles = np.linspace(-np.pi, np.pi, 2_001)[:-1]
+    mass = np.exp(1.5 * np.cos(angles - 0.7))
+    mass /= mass.sum()
+    statistics = [np.cos(angles), np.sin(angles)]
+    centered = [statistic - mass @ statistic for statistic in statistics]
+    covariance = np.array([[mass @ (a * b) for b in centered] for a in centered])
+    expected = np.linalg.solve(covariance, [mass @ (a * np.sin(2 * angles)) for a in centered])
+    for found, desired in zip(estimates, expected, strict=True):
+        assert abs(found.mean() - desired) < 5 * found.std() / NUM_DRAWS**0.5
