@@ -156,6 +156,10 @@ class Natural(Vector):
         """log h(z); zero unless the family says otherwise."""
         return self._zeros(value.shape[: value.ndim - self.value_rank])
 
+    def base_slope(self, value: Array) -> Array:
+        """∇ log h(z)."""
+        return jnp.zeros_like(value)
+
     def expected_log_base_measure(self) -> Array:
         """E_q[log h(z)]."""
         return self._zeros(self.batch_shape)
@@ -176,6 +180,10 @@ class Natural(Vector):
     def in_domain(self) -> Array:
         """Whether λ is that of a proper distribution, for each of the batch; False for what is not finite."""
         raise NotImplementedError
+
+    def widened(self, factor: float) -> Self:
+        """A member with `factor` in (0, 1] times the information: on a ray from λ that stays inside the domain."""
+        return self * factor
 
     @property
     def num_signs(self) -> int:

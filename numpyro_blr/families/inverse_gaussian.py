@@ -113,6 +113,9 @@ class InverseGaussianNatural(Natural):
     def log_base_measure(self, value: Array) -> Array:
         return -(jnp.log(2 * jnp.pi) + 3 * jnp.log(value)) / 2
 
+    def base_slope(self, value: Array) -> Array:
+        return -1.5 / value
+
     def expected_log_base_measure(self) -> Array:
         """From E[log z] = log m − e^x E₁(x) with x = 2 s/m."""
         loc = self.loc

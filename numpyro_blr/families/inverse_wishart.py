@@ -83,6 +83,9 @@ class InverseWishartNatural(Natural):
     def in_domain(self) -> Array:
         return self._inverse().in_domain()
 
+    def widened(self, factor: float) -> Self:
+        return self._of_inverse(self._inverse().widened(factor))
+
     def fisher_solve(self, gradient) -> Self:
         solved = self._inverse().fisher_solve(WishartNatural.Expectation(gradient.inverse, -gradient.log_determinant))
         return type(self)(inverse=solved.linear, log_determinant=-solved.log_determinant)

@@ -198,8 +198,7 @@ class AutoExponentialFamily(AutoGuide):
             return natural_param(f"{name}_{self.prefix}_natural", natural)
         event_dim = self.prototype_trace[name]["fn"].event_dim
         if name not in self._transforms:
-            fn = natural_param(f"{name}_{self.prefix}_natural", natural)
-            return fn.to_event(event_dim - natural.value_rank)
+            return natural_param(f"{name}_{self.prefix}_natural", natural, event_dim=event_dim - natural.value_rank)
         transform = self._transforms[name]
         base_dim = event_dim - transform.codomain.event_dim + transform.domain.event_dim
         start = natural.to_distribution()

@@ -11,24 +11,34 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpyro
+import numpyro.distributions as dist
 
 from ..families import Natural, natural_of
+from ..optim._layout import EVENT_DIM
 
 __all__ = ["natural_param"]
 
 
-def natural_param(name: str, distribution: Any) -> Any:
+def natural_param(name: str, distribution: Any, *, event_dim: int = 0) -> Any:
     """The distribution whose natural parameters λ are the SVI parameter `name`, started at `distribution`.
+
+    Fit it with `BLR`, which knows the family's domain; a step of another optimizer can leave it.
 
     Args:
         distribution: a host's distribution of a registered family, over all rows of the plates around it, or its
             natural parameters. Within a subsampled plate the rows of the batch come back.
+        event_dim: how many axes of its batch, from the right, are the site's event, as in `to_event`; those of a
+            distribution under `to_event` are counted anyway.
 
     Raises:
         TypeError: the distribution belongs to no registered family.
     """
+    if isinstance(distribution, dist.Independent):
+        event_dim += distribution.reinterpreted_batch_ndims
+        distribution = distribution.base_dist
     natural = distribution if isinstance(distribution, Natural) else natural_of(distribution)
-    natural = numpyro.param(name, type(natural)(*(jnp.asarray(leaf) for leaf in vars(natural).values())))
+    start = type(natural)(*(jnp.asarray(leaf) for leaf in vars(natural).values()))
+    natural = numpyro.param(name, start, **{EVENT_DIM: event_dim})
     leaves = zip(vars(natural).values(), natural.ranks, strict=True)
-    rows = type(natural)(*(numpyro.subsample(leaf, event_dim=rank) for leaf, rank in leaves))
-    return rows.to_distribution()
+    rows = type(natural)(*(numpyro.subsample(leaf, event_dim=rank + event_dim) for leaf, rank in leaves))
+    return rows.to_distribution().to_event(event_dim)

@@ -1,9 +1,9 @@
 """Which sites are conjugate, found by asking the loss and not by reading the model.
 
-A site is conditionally conjugate if, whatever the other sites are, ℓ(z) = ⟨c, T(z)⟩ + constant. Then gradients at its
-sigma points determine c, and predict the gradient everywhere else: at fresh points, drawn cell by cell. Cells of a
-plate may share their signs only if no term of ℓ has two of them, which the fresh points, independent between cells,
-tell as well; a Normal site whose cells do meet is tried again as one quadratic over all of them.
+A site is conditionally conjugate if, whatever the other sites are, ℓ(z) + log h(z) = ⟨c, T(z)⟩ + constant. Then
+gradients at its sigma points determine c, and predict the gradient everywhere else: at fresh points, drawn cell by
+cell. Cells of a plate may share their signs only if no term of ℓ has two of them, which the fresh points, independent
+between cells, tell as well; a Normal site whose cells do meet is tried again as one quadratic over all of them.
 
 A discrete site is summed cell by cell, which is right if the part of ℓ within a cell depends on that cell alone: the
 parts that were noted with all cells alike must come back where the cells differ.
@@ -53,8 +53,8 @@ def find_roles(
 
     @jax.jit  # one compilation and not one an operation
     def verdicts(naturals: dict[str, Natural]) -> tuple[Array, Array]:
-        wide = {name: natural * WIDER for name, natural in naturals.items()}
-        fresh = {name: _fresh(natural * WIDER**2, random) for name, natural in naturals.items()}
+        wide = {name: natural.widened(WIDER) for name, natural in naturals.items()}
+        fresh = {name: _fresh(natural.widened(WIDER / 3), random) for name, natural in naturals.items()}
         trials = [_trial(role, wide[role.name], fresh) for role in candidates]
         losses, slopes = evaluate_at({name: jnp.concatenate([trial[name] for trial in trials]) for name in fresh})
         ends = np.cumsum([len(trial[role.name]) for role, trial in zip(candidates, trials, strict=True)])
@@ -105,7 +105,7 @@ def are_jointly_quadratic(
 
     @jax.jit
     def bends(naturals: dict[str, Natural]) -> Array:
-        ends = {name: _fresh(natural * WIDER, random)[:2] for name, natural in naturals.items()}
+        ends = {name: _fresh(natural.widened(WIDER), random)[:2] for name, natural in naturals.items()}
         line = {name: jnp.stack([value[0], value.mean(0), value[1]]) for name, value in ends.items()}
         slopes = evaluate_at(line)[1].values()
         return jnp.stack([
@@ -192,7 +192,7 @@ def _trial(role: Role, natural: Natural, fresh: Mapping[str, Array]) -> dict[str
 
 
 def _is_affine(role: Role, natural: Natural, values: Array, slopes: Array) -> Array:
-    num_points = len(values) - NUM_FRESH
+    num_points, slopes = len(values) - NUM_FRESH, slopes + natural.base_slope(values)
     signs = jnp.asarray(signs_of(natural, role.independent), slopes.dtype)
     fresh = values[num_points:]
     predicted = matched_gradient(natural, role.independent, values[:num_points], slopes[:num_points], signs, fresh)

@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 
+EVENT_DIM = "natural_event_dim"  # how a natural parameter says what part of its batch is the site's event
 JOINT = "natural_component"  # what a site's `infer` calls (parameter, index) where it is a component of a joint family
 
 
@@ -184,8 +185,7 @@ def _probe(svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any]) -> tu
     probes: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, Natural):
-            # towards zero along a ray, where every family's domain has its points
-            probes[name] = value * generator.uniform(0.5, 1.0)
+            probes[name] = value.widened(generator.uniform(0.5, 1.0))
         elif isinstance(value, jax.Array):
             probes[name] = generator.normal(scale=0.1, size=value.shape).astype(value.dtype)
     # compiled ahead of time, so that the values are concrete even where SVI.init itself is being traced by jit or vmap
@@ -361,7 +361,7 @@ def _fed_rows(message: dict, guide_trace: dict) -> Any:
     """The rows of a parameter that the subsampled plates let through, as `numpyro.plate` takes them."""
     value, event_dim = message["value"], message["kwargs"].get("event_dim")
     if isinstance(value, Natural):
-        return natural_rows(value, subsampled(message, guide_trace))
+        return natural_rows(value, message["kwargs"].get(EVENT_DIM, 0), subsampled(message, guide_trace))
     return value if event_dim is None else rows_of(value, event_dim, subsampled(message, guide_trace))
 
 
@@ -374,10 +374,10 @@ def rows_of(value: Array, event_dim: int, frames: list[tuple[int, int, Array]]) 
     return value
 
 
-def natural_rows(natural: Natural, frames: list[tuple[int, int, Array]]) -> Natural:
+def natural_rows(natural: Natural, event_dim: int, frames: list[tuple[int, int, Array]]) -> Natural:
     """The rows of a batch of natural parameters."""
     leaves = zip(vars(natural).values(), natural.ranks, strict=True)
-    return type(natural)(*(rows_of(leaf, rank, frames) for leaf, rank in leaves))
+    return type(natural)(*(rows_of(leaf, rank + event_dim, frames) for leaf, rank in leaves))
 
 
 def _report(layout: Layout, guide_trace: dict) -> None:

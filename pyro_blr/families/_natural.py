@@ -155,6 +155,10 @@ class Natural(Vector):
         """log h(z); zero unless the family says otherwise."""
         return self._zeros(value.shape[: value.ndim - self.value_rank])
 
+    def base_slope(self, value: Tensor) -> Tensor:
+        """∇ log h(z)."""
+        return torch.zeros_like(value)
+
     def expected_log_base_measure(self) -> Tensor:
         """E_q[log h(z)]."""
         return self._zeros(self.batch_shape)
@@ -175,6 +179,10 @@ class Natural(Vector):
     def in_domain(self) -> Tensor:
         """Whether λ is that of a proper distribution, for each of the batch; False for what is not finite."""
         raise NotImplementedError
+
+    def widened(self, factor: float) -> Self:
+        """A member with `factor` in (0, 1] times the information: on a ray from λ that stays inside the domain."""
+        return self * factor
 
     @property
     def num_signs(self) -> int:

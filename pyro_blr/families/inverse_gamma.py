@@ -69,6 +69,9 @@ class InverseGammaNatural(Natural):
     def in_domain(self) -> Tensor:
         return self._inverse().in_domain()
 
+    def widened(self, factor: float) -> Self:
+        return self._of_inverse(self._inverse().widened(factor))
+
     def fisher_solve(self, gradient) -> Self:
         inverse = GammaNatural.Expectation(log=-gradient.log, linear=gradient.inverse)
         solved = self._inverse().fisher_solve(inverse)

@@ -117,6 +117,9 @@ class InverseGaussianNatural(Natural):
     def log_base_measure(self, value: Tensor) -> Tensor:
         return -(log(2 * pi) + 3 * torch.log(value)) / 2
 
+    def base_slope(self, value: Tensor) -> Tensor:
+        return -1.5 / value
+
     def expected_log_base_measure(self) -> Tensor:
         """From E[log z] = log m − e^x E₁(x) with x = 2 s/m."""
         loc = self.loc

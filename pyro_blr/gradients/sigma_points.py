@@ -46,7 +46,8 @@ def matched_target(
     """
     coupled = _coupled_axes(natural, independent)
     if not coupled:
-        return -natural.match(values, slopes, signs) / weight
+        force = slopes / weight.reshape((*weight.shape, *[1] * natural.value_rank))
+        return -natural.match(values, force + natural.base_slope(values), signs)
     joint = -_match_jointly(coupled, values, slopes, signs) / _coupled_last(weight[None], coupled)[0, ..., 0]
     mean_field = NormalNatural.from_joint(joint)
     return NormalNatural(*(_coupled_back(leaf, coupled, natural.batch_shape) for leaf in vars(mean_field).values()))

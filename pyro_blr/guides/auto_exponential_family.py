@@ -206,8 +206,7 @@ class AutoExponentialFamily(AutoGuide):
             return natural_param(f"{name}_auto_natural", natural)
         event_dim = self._latents[name]["fn"].event_dim
         if name not in self._transforms:
-            fn = natural_param(f"{name}_auto_natural", natural)
-            return fn.to_event(event_dim - natural.value_rank)
+            return natural_param(f"{name}_auto_natural", natural, event_dim=event_dim - natural.value_rank)
         transform = self._transforms[name]
         base_dim = _base_dim(transform, event_dim)
         loc, scale = self._loc_and_scale(name, natural, base_dim)

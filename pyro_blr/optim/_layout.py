@@ -246,16 +246,22 @@ def _random_values(params: list[Tensor]):
     generator = torch.Generator().manual_seed(0)
     before = [param.detach().clone() for param in params]
     try:
-        factors: dict[str, float] = {}
+        naturals: dict[str, dict[str, Tensor]] = {}
+        families: dict[str, type[Natural]] = {}
         for param in params:
             noise = torch.randn(param.shape, generator=generator, dtype=param.dtype)
             noted = getattr(param, "natural_field", None)
             if noted is None:
                 param.data.copy_(0.1 * noise)
                 continue
-            # towards zero along a ray, where every family's domain has its points; one factor for all of its fields
-            group = str(pyro.get_param_store().param_name(param)).removesuffix(f".{noted[1]}")
-            param.data.mul_(factors.setdefault(group, float(0.5 + 0.5 * torch.rand((), generator=generator))))
+            name = str(pyro.get_param_store().param_name(param)).removesuffix(f".{noted[1]}")
+            families[name] = noted[0]
+            naturals.setdefault(name, {})[noted[1]] = param
+        for name, parts in naturals.items():
+            natural = families[name](**{key: part.data for key, part in parts.items()})
+            wider = natural.widened(float(0.5 + 0.5 * torch.rand((), generator=generator)))
+            for key, part in parts.items():
+                part.data.copy_(getattr(wider, key))
         yield
     finally:
         for param, value in zip(params, before, strict=True):

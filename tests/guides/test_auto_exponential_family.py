@@ -17,6 +17,8 @@ def many_sites(host):
         host.sample("waiting", dist.Exponential(array(2.0)))
         host.sample("scale", dist.HalfNormal(array(2.0)))
         host.sample("inverse", dist.InverseGamma(array(3.0), 1.0))
+        host.sample("wide", dist.InverseGamma(array(0.5), 1.0))
+        host.sample("passage", host.inverse_gaussian(array(2.0), array(3.0)))
         host.sample("share", dist.Beta(array(2.0), 1.0))
         host.sample("unit", dist.Uniform(array(0.0), 1.0))
         host.sample("shares", dist.Dirichlet(array(np.ones(3))))
@@ -24,6 +26,7 @@ def many_sites(host):
         host.sample("which", dist.Categorical(array(np.array([0.2, 0.3, 0.5]))))
         with host.plate("groups", 2):
             host.sample("angle", dist.VonMises(array(0.0), 1.0))
+            host.sample("matrix", dist.Normal(array(np.ones((2, 3))), 0.5).to_event(2))
 
     return model
 
@@ -35,12 +38,15 @@ FAMILIES = {
     "waiting": "GammaNatural",
     "scale": "NormalNatural",
     "inverse": "InverseGammaNatural",
+    "wide": "InverseGammaNatural",
+    "passage": "InverseGaussianNatural",
     "share": "BetaNatural",
     "unit": "BetaNatural",
     "shares": "DirichletNatural",
     "switch": "BernoulliNatural",
     "which": "CategoricalNatural",
     "angle": "VonMisesNatural",
+    "matrix": "NormalNatural",
 }
 
 
@@ -53,12 +59,15 @@ def test_every_site_gets_the_family_of_its_prior_or_support_and_one_step_finds_t
         np.testing.assert_allclose(found["rate"], (1.0, -1.0), rtol=1e-8)
         np.testing.assert_allclose(found["waiting"], (0.0, -2.0), rtol=1e-8, atol=1e-8)
         np.testing.assert_allclose(found["inverse"], (-4.0, -1.0), rtol=1e-8)
+        np.testing.assert_allclose(found["wide"], (-1.5, -1.0), rtol=1e-8)
+        np.testing.assert_allclose(found["passage"], (-3 / 8, -3 / 2), rtol=1e-8)
         np.testing.assert_allclose(found["share"], (1.0, 0.0), rtol=1e-8, atol=1e-8)
         np.testing.assert_allclose(found["unit"], (0.0, 0.0), atol=1e-8)
         np.testing.assert_allclose(found["shares"][0], np.zeros(3), atol=1e-8)
         np.testing.assert_allclose(found["switch"][0], np.log(0.3 / 0.7), rtol=1e-8)
         shares = np.exp(found["which"][0])
         np.testing.assert_allclose(shares / shares.sum(), [0.2, 0.3, 0.5], rtol=1e-8)
+        np.testing.assert_allclose(found["matrix"], np.broadcast_to([[[[4.0]]], [[[-2.0]]]], (2, 2, 2, 3)), rtol=1e-8)
         np.testing.assert_allclose(np.stack(found["angle"]), [[1.0, 1.0], [0.0, 0.0]], atol=1e-7)
 
 
