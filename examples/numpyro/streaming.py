@@ -26,9 +26,8 @@ from rich.table import Table
 from scipy.stats import norm
 from sklearn.datasets import load_breast_cancer
 
-from numpyro_blr import BLR, AutoExponentialFamily
+from numpyro_blr import BLR, AutoExponentialFamily, merge, site_contributions
 from numpyro_blr.families import MultivariateNormalNatural, Natural
-from numpyro_blr.optim.contributions import merge, site_contributions
 
 numpyro.enable_x64()
 

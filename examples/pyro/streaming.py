@@ -24,9 +24,8 @@ from rich.table import Table
 from scipy.stats import norm
 from sklearn.datasets import load_breast_cancer
 
-from pyro_blr import BLR, AutoExponentialFamily
+from pyro_blr import BLR, AutoExponentialFamily, merge, site_contributions
 from pyro_blr.families import MultivariateNormalNatural, Natural
-from pyro_blr.optim.contributions import merge, site_contributions
 
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)  # on arrays this small a second thread costs more than it brings

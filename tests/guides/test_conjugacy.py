@@ -263,3 +263,53 @@ def test_a_parameter_of_the_model_is_moved_beside_the_members(backend):
     log, linear = fit.naturals()["rate"]
     np.testing.assert_allclose(linear, -scale - 3, rtol=0.02)  # of the step before
     assert abs(2 / scale - (log + 1) / -linear) < 0.2
+
+
+# name -> (latents of the host, the likelihood given them, the one observation that all rows have, λ with 12 rows of it)
+SUBSAMPLED = {
+    "normal": (
+        lambda host: host.sample("mu", host.dist.Normal(1.0, 10.0)),
+        lambda host, mu: host.dist.Normal(mu, 2.0),
+        0.7,
+        {"mu": (0.01 + 12 * 0.7 / 4, -(0.01 + 3) / 2)},
+    ),
+    "beta": (
+        lambda host: host.sample("share", host.dist.Beta(2.0, 3.0)),
+        lambda host, share: host.dist.Bernoulli(share),
+        1.0,
+        {"share": (13.0, 2.0)},
+    ),
+    "exponential": (
+        lambda host: host.sample("rate", host.dist.Gamma(2.0, 0.5)),
+        lambda host, rate: host.dist.Exponential(rate),
+        0.7,
+        {"rate": (13.0, -0.5 - 12 * 0.7)},
+    ),
+    "normal-gamma": (
+        lambda host: normal_and_gamma(host),
+        lambda host, pair: host.dist.Normal(pair[0], pair[1] ** -0.5),
+        0.7,
+        {"mu,tau": (1.5 + 6, -1.25 - 6 * 0.49, 0.5 + 12 * 0.7, -12.5 / 2)},
+    ),
+}
+
+
+def normal_and_gamma(host):
+    tau = host.sample("tau", host.dist.Gamma(2.0, 1.0))
+    return host.sample("mu", host.dist.Normal(1.0, (0.5 * tau) ** -0.5)), tau
+
+
+@pytest.mark.parametrize("name", SUBSAMPLED)
+def test_minibatches_that_say_the_same_as_all_data_give_the_exact_posterior(backend, name):
+    latents, likelihood, value, posterior = SUBSAMPLED[name]
+
+    def make(host):
+        def model(y):
+            latent = latents(host)
+            with host.plate("data", 12, subsample_size=3) as rows:
+                host.sample("y", likelihood(host, latent), obs=y[rows])
+
+        return model
+
+    fit = backend.start_families(make, (np.full(12, value),), {}, learning_rate=1.0)
+    assert_natural(fit.run(1).naturals(), posterior, rtol=1e-8)
