@@ -7,6 +7,8 @@ between cells, tell as well; a Normal site whose cells do meet is tried again as
 
 A discrete site is summed cell by cell, which is right if the part of ℓ within a cell depends on that cell alone: the
 parts that were noted with all cells alike must come back where the cells differ.
+
+All this is asked at several points of the other sites, and has to hold at each: a switch that is off hides a term.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from ._sweep import Role
 __all__ = ["are_jointly_quadratic", "find_roles"]
 
 NUM_FRESH = 2
+NUM_BASES = 6  # points of the other members, which a switch among them may have on or off
 MAX_COUPLED = 256
 WIDER = 0.1  # of the start's information; a narrow start would make any smooth function look affine
 
@@ -52,10 +55,10 @@ def find_roles(
     candidates = [role for member in members for role in _candidates(member, naturals[member.name])]
 
     @jax.jit  # one compilation and not one an operation
-    def verdicts(naturals: dict[str, Natural]) -> tuple[Array, Array]:
+    def verdicts(naturals: dict[str, Natural], base: Array) -> tuple[Array, Array]:
         wide = {name: natural.widened(WIDER) for name, natural in naturals.items()}
         fresh = {name: _fresh(natural.widened(WIDER / 3), random) for name, natural in naturals.items()}
-        trials = [_trial(role, wide[role.name], fresh) for role in candidates]
+        trials = [_trial(role, wide[role.name], fresh, base) for role in candidates]
         losses, slopes = evaluate_at({name: jnp.concatenate([trial[name] for trial in trials]) for name in fresh})
         ends = np.cumsum([len(trial[role.name]) for role, trial in zip(candidates, trials, strict=True)])
         holds, meets = [], []
@@ -69,13 +72,14 @@ def find_roles(
             meets.append([_varies(slopes[name][rows]) for name in fresh])
         return jnp.asarray(holds), jnp.asarray(meets)
 
-    verdict = verdicts(dict(naturals))
-    if any(isinstance(array, jax.core.Tracer) for array in verdict):
+    at_bases = [verdicts(dict(naturals), jnp.asarray(base)) for base in range(NUM_BASES)]
+    if any(isinstance(array, jax.core.Tracer) for array in at_bases[0]):
         raise TypeError(
             "how the sites of an exponential-family guide take part is found by evaluating the loss: call `svi.init` "
             "(or `svi.run`) outside jit, vmap and scan. `svi.update` runs inside them."
         )
-    holds, meets = map(np.asarray, verdict)
+    holds = np.all([holds for holds, _ in at_bases], axis=0)
+    meets = np.any([meets for _, meets in at_bases], axis=0)
     found: dict[str, Role] = {}
     for role, held in zip(candidates, holds, strict=True):
         if held:
@@ -167,26 +171,32 @@ def _other_role(member: Member, natural: Natural) -> Role:
 
 def _fresh(natural: Natural, random: np.random.Generator) -> Array:
     """Points at which nothing was matched, each cell for itself: sigma points of another width, or any values."""
-    shape = (NUM_FRESH + 1, *natural.batch_shape)
+    shape = (NUM_BASES + NUM_FRESH, *natural.batch_shape)
     if natural.discrete:
-        return jnp.asarray(random.integers(0, _num_tried(natural), size=shape))
+        return jnp.asarray(_every_value(random, shape, _num_tried(natural)))
     return natural.sigma_points(jnp.asarray(random.choice([-1.0, 1.0], size=(*shape, natural.num_signs))))
+
+
+def _every_value(random: np.random.Generator, shape: tuple[int, ...], num_values: int) -> np.ndarray:
+    """Values of which each cell takes as many as there are bases, in an order of its member's own."""
+    shifts = random.permutation(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    return (random.integers(0, num_values, size=shape[1:]) + shifts) % num_values
 
 
 def _num_tried(natural: Natural) -> int:
     return natural.num_values or 4
 
 
-def _trial(role: Role, natural: Natural, fresh: Mapping[str, Array]) -> dict[str, Array]:
-    """The member at its sigma points or values and at fresh points, all other members at one point."""
+def _trial(role: Role, natural: Natural, fresh: Mapping[str, Array], base: Array) -> dict[str, Array]:
+    """The member at its sigma points or values and at fresh points, all other members at their base."""
     if natural.discrete:
         points = jnp.arange(_num_tried(natural)).reshape(-1, *[1] * len(natural.batch_shape))
         points = jnp.broadcast_to(points, (_num_tried(natural), *natural.batch_shape))
     else:
         points = natural.sigma_points(jnp.asarray(signs_of(natural, role.independent)))
-    own = jnp.concatenate([points, fresh[role.name][1:]])
+    own = jnp.concatenate([points, fresh[role.name][NUM_BASES:]])
     return {
-        name: own if name == role.name else jnp.broadcast_to(value[0], (len(own), *value.shape[1:]))
+        name: own if name == role.name else jnp.broadcast_to(value[base], (len(own), *value.shape[1:]))
         for name, value in fresh.items()
     }
 

@@ -126,8 +126,8 @@ def recognise(svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any], *,
         match = _match(name, unwrap(guide_trace[name]["fn"])[0], candidates, fed, guide_trace)
         if match is not None and not (learned_scales_only and match[1] is None):
             found.append((name, *match))
-    for name, natural in naturals.items():
-        member = _match_member(guide_trace[name], natural, arrays[name], fed, guide_trace)
+    for name in [name for name in guide_trace if name in naturals]:  # in the order of the guide, which jit has sorted
+        member = _match_member(guide_trace[name], naturals[name], arrays[name], fed, guide_trace)
         if member is not None and name not in joint | {site for site, *_ in found}:
             members.append(member)
 

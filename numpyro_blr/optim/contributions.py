@@ -120,8 +120,8 @@ def _targets(svi: SVI, opt_state: Any, args: tuple, kwargs: Any, num_draws: int,
     draws = Draws(number[design.draw], sign[design.draw], None)
 
     def targets(weights: dict[str, Array]) -> dict[str, Natural]:
-        weighed = members._replace(weights={**members.weights, **spread(weights)}) if by_plate else members
-        weighed = weighed if by_plate else members._replace(factors=spread(weights))
+        given = {"weights": {**members.weights, **spread(weights)}} if by_plate else {"factors": spread(weights)}
+        weighed = members._replace(**given)
 
         def loss_at(loc: Array, draw: Draws) -> tuple[Array, Extras]:
             return objective(loc, scales, others, draw)

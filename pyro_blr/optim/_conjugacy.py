@@ -7,6 +7,8 @@ between cells, tell as well; a Normal site whose cells do meet is tried again as
 
 A discrete site is summed cell by cell, which is right if the part of ℓ within a cell depends on that cell alone: the
 parts that were noted with all cells alike must come back where the cells differ.
+
+All this is asked at several points of the other sites, and has to hold at each: a switch that is off hides a term.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from ._sweep import Role
 __all__ = ["are_jointly_quadratic", "find_roles"]
 
 NUM_FRESH = 2
+NUM_BASES = 6  # points of the other members, which a switch among them may have on or off
 MAX_COUPLED = 256
 WIDER = 0.1  # of the start's information; a narrow start would make any smooth function look affine
 
@@ -51,19 +54,25 @@ def find_roles(
 
     wide = {name: natural.widened(WIDER) for name, natural in naturals.items()}
     fresh = {name: _fresh(natural.widened(WIDER / 3), random) for name, natural in naturals.items()}
-    trials = [_trial(role, wide[role.name], fresh) for role in candidates]
-    losses, slopes = evaluate_at({name: torch.cat([trial[name] for trial in trials]) for name in fresh})
-    ends = np.cumsum([len(trial[role.name]) for role, trial in zip(candidates, trials, strict=True)])
-    holds, meets = [], []
-    for role, trial, end in zip(candidates, trials, ends, strict=True):
-        rows = slice(end - len(trial[role.name]), end)
-        values, own = trial[role.name], slopes[role.name][rows]
-        if role.kind == "affine":
-            holds.append(_is_affine(role, wide[role.name], values, own))
-        else:
-            holds.append(_is_separable(values, own, losses[rows]))
-        meets.append([_varies(slopes[name][rows]) for name in fresh])
 
+    def verdicts(base: int) -> tuple[list[bool], list[list[bool]]]:
+        trials = [_trial(role, wide[role.name], fresh, base) for role in candidates]
+        losses, slopes = evaluate_at({name: torch.cat([trial[name] for trial in trials]) for name in fresh})
+        ends = np.cumsum([len(trial[role.name]) for role, trial in zip(candidates, trials, strict=True)])
+        holds, meets = [], []
+        for role, trial, end in zip(candidates, trials, ends, strict=True):
+            rows = slice(end - len(trial[role.name]), end)
+            values, own = trial[role.name], slopes[role.name][rows]
+            if role.kind == "affine":
+                holds.append(_is_affine(role, wide[role.name], values, own))
+            else:
+                holds.append(_is_separable(values, own, losses[rows]))
+            meets.append([_varies(slopes[name][rows]) for name in fresh])
+        return holds, meets
+
+    at_bases = [verdicts(base) for base in range(NUM_BASES)]
+    holds = np.all([holds for holds, _ in at_bases], axis=0)
+    meets = np.any([meets for _, meets in at_bases], axis=0)
     found: dict[str, Role] = {}
     for role, verdict in zip(candidates, holds, strict=True):
         if verdict:
@@ -150,12 +159,18 @@ def _other_role(member: Member, natural: Any) -> Role:
 
 def _fresh(natural: Natural, random: np.random.Generator) -> Tensor:
     """Points at which nothing was matched, each cell for itself: sigma points of another width, or any values."""
-    shape = (NUM_FRESH + 1, *natural.batch_shape)
+    shape = (NUM_BASES + NUM_FRESH, *natural.batch_shape)
     if natural.discrete:
-        values = random.integers(0, _num_tried(natural), size=shape)
+        values = _every_value(random, shape, _num_tried(natural))
         return torch.as_tensor(values).to(_tried(natural))
     signs = random.choice([-1.0, 1.0], size=(*shape, natural.num_signs))
     return natural.sigma_points(torch.as_tensor(signs).to(natural.flat()))
+
+
+def _every_value(random: np.random.Generator, shape: tuple[int, ...], num_values: int) -> np.ndarray:
+    """Values of which each cell takes as many as there are bases, in an order of its member's own."""
+    shifts = random.permutation(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    return (random.integers(0, num_values, size=shape[1:]) + shifts) % num_values
 
 
 def _num_tried(natural: Any) -> int:
@@ -170,15 +185,16 @@ def _tried(natural: Any) -> Tensor:
     return points.reshape(-1, *[1] * len(natural.batch_shape)).expand(-1, *natural.batch_shape)
 
 
-def _trial(role: Role, natural: Natural, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The member at its sigma points or values and at fresh points, all other members at one point."""
+def _trial(role: Role, natural: Natural, fresh: Mapping[str, Tensor], base: int) -> dict[str, Tensor]:
+    """The member at its sigma points or values and at fresh points, all other members at their base."""
     if natural.discrete:
         points = _tried(natural)
     else:
         points = natural.sigma_points(torch.as_tensor(signs_of(natural, role.independent)).to(natural.flat()))
-    own = torch.cat([points, fresh[role.name][1:]])
+    own = torch.cat([points, fresh[role.name][NUM_BASES:]])
     return {
-        name: own if name == role.name else value[0].expand(len(own), *value.shape[1:]) for name, value in fresh.items()
+        name: own if name == role.name else value[base].expand(len(own), *value.shape[1:])
+        for name, value in fresh.items()
     }
 
 

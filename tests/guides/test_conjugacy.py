@@ -313,3 +313,35 @@ def test_minibatches_that_say_the_same_as_all_data_give_the_exact_posterior(back
 
     fit = backend.start_families(make, (np.full(12, value),), {}, learning_rate=1.0)
     assert_natural(fit.run(1).naturals(), posterior, rtol=1e-8)
+
+
+def test_sites_that_meet_under_one_value_of_a_switch_alone_are_not_taken_for_strangers(backend):
+    """y ~ N(s μ, 1/τ) with s ~ Bernoulli(1/2), which starts at either value: a sweep against coordinate ascent."""
+    y = np.array([1.0, 2.5, 0.5])
+
+    def make(host):
+        def model(y):
+            switch = host.sample("switch", host.dist.Bernoulli(host.array(0.5)))
+            mu = host.sample("mu", host.dist.Normal(host.array(0.0), 3.0))
+            tau = host.sample("tau", host.dist.Gamma(host.array(2.0), 1.0))
+            with host.plate("data", 3):
+                host.sample("y", host.dist.Normal(switch * mu, tau**-0.5), obs=y)
+
+        return model
+
+    def sweep(natural):
+        """Sites without plates are taken in the order of the model."""
+        (linear, quadratic), (log, rate) = natural["mu"], natural["tau"]
+        loc, variance, precision = linear / (-2 * quadratic), 1 / (-2 * quadratic), (log + 1) / -rate
+        logit = precision * (y.sum() * loc - 3 * (loc**2 + variance) / 2)
+        on = 1 / (1 + np.exp(-logit))
+        quadratic = -(1 / 9 + 3 * on * precision) / 2
+        linear = on * precision * y.sum()
+        loc, variance = linear / (-2 * quadratic), 1 / (-2 * quadratic)
+        error = (y**2).sum() - 2 * on * y.sum() * loc + 3 * on * (loc**2 + variance)
+        return {"switch": (logit,), "mu": (linear, quadratic), "tau": (2.5, -1 - error / 2)}
+
+    with backend.promotion(lax=True):
+        fit = backend.start_families(make, (y,), {}, learning_rate=1.0)
+        expected = sweep(sweep(fit.naturals()))
+        assert_natural(fit.run(2).naturals(), expected, rtol=1e-8)
