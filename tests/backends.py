@@ -228,6 +228,15 @@ class Bridge:
 
         return self.start(make_model, make_guide, args, loss=self.loss(self.discrete_loss), **options)
 
+    def fit(self, make_model: Callable, guide: str, args: tuple, *, seed: int = 0, **options: Any) -> Any:
+        """`fit` by the stock guide of that name, or AutoExponentialFamily, anew from this seed."""
+        package = import_module(self.package)
+        made = package.AutoExponentialFamily if guide == "AutoExponentialFamily" else None
+        self.reset(seed)
+        options = {"progress_bar": False, **self._seeded(seed), **options}
+        made = getattr(self.host.autoguide, guide) if made is None else made
+        return package.fit(make_model(self.host), made, *map(self.argument, args), **options)
+
     def _guide_options(self, options: dict) -> dict:
         start = {name: self.array(value) for name, value in options.get("start", {}).items()}
         return {**options, "start": start}
@@ -347,6 +356,14 @@ class NumPyroBridge(Bridge):
         """The fields of a `natural_param`."""
         return leaves_of({name: fit._params[name]}, np.asarray)[name]
 
+    def _seeded(self, seed: int) -> dict[str, Any]:
+        """The option of `fit`."""
+        return {"rng_key": self.jax.random.key(seed)}
+
+    def constant(self, value: Any) -> Any:
+        """The value without its derivative."""
+        return self.jax.lax.stop_gradient(value)
+
     def same_noise(self, monkeypatch: Any, noise: Callable) -> None:
         """ε of a site becomes noise(array module, shape of the site, number of the draw)."""
         monkeypatch.setattr(
@@ -392,6 +409,9 @@ class NumPyroFit:
     @property
     def skipped(self) -> int:
         return int(self.state.optim_state[1].gaussian.skipped)
+
+    def gaussian_state(self) -> Any:
+        return self.state.optim_state[1].gaussian
 
     @property
     def params(self) -> dict[str, np.ndarray]:
@@ -566,6 +586,12 @@ class PyroBridge(Bridge):
         """fn at a stack of rows, over which it broadcasts."""
         return fn(stack)
 
+    def _seeded(self, seed: int) -> dict[str, Any]:
+        return {"seed": seed}
+
+    def constant(self, value: Any) -> Any:
+        return value.detach()
+
     def natural_leaves(self, fit: Any, name: str) -> tuple[np.ndarray, ...]:
         """The fields of a `natural_param`, each a parameter of its own."""
         return tuple(value for key, value in fit.params.items() if key.startswith(f"{name}."))
@@ -616,6 +642,9 @@ class PyroFit:
     @property
     def skipped(self) -> int:
         return self.svi.optim.state.gaussian.skipped
+
+    def gaussian_state(self) -> Any:
+        return self.svi.optim.state.gaussian
 
     def local_names(self) -> list[str]:
         """Names of the parameters (location, scale) of a guide with one site."""

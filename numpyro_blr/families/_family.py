@@ -75,7 +75,7 @@ class Precision(Protocol):
         ...
 
     def solve(self, vector: Array) -> Array:
-        """S⁻¹ v."""
+        """S⁻¹ v, for one vector or each row [K, D]."""
         ...
 
     def scale(self, block: Block) -> Array:

@@ -58,7 +58,7 @@ class DensePrecision:
         return DensePrecision(jax.lax.cond(positive, lambda: straight, lambda: _reflected(self.matrix, hessian, rate)))
 
     def solve(self, vector: Array) -> Array:
-        return cho_solve((jnp.linalg.cholesky(self.matrix), True), vector)
+        return cho_solve((jnp.linalg.cholesky(self.matrix), True), vector.T).T
 
     def scale(self, block: Block) -> Array:
         """σ = diag(S_bb)^(−1/2) for a mean-field block; the lower C with C Cᵀ = (S_bb)⁻¹ for a dense one."""

@@ -5,7 +5,8 @@ from ._estimate import Estimate as Estimate
 from ._estimate import Extras as Extras
 from ._estimate import Objective as Objective
 from .hessian import hessian as hessian
+from .hessian import hessians_at as hessians_at
 from .hutchinson import hutchinson as hutchinson
 from .reparameterized import reparameterized as reparameterized
 
-__all__ = ["Draws", "Estimate", "Extras", "Objective", "hessian", "hutchinson", "reparameterized"]
+__all__ = ["Draws", "Estimate", "Extras", "Objective", "hessian", "hessians_at", "hutchinson", "reparameterized"]

@@ -27,12 +27,19 @@ class Draws(NamedTuple):
         sign: [S], +1 for the first half and −1 for the second.
         probes: [S, D] Rademacher vectors for curvature products, or None where no estimator asks for them.
         members: the values of sites outside the Gaussian, each with S in front; passed through to the objective.
+        noise: ε itself, [S, D], where the caller makes it; `number` and `sign` then play no part.
     """
 
-    number: Array
-    sign: Array
+    number: Any
+    sign: Any
     probes: Array | None
     members: Any = None
+    noise: Array | None = None
+
+    @classmethod
+    def at(cls, noise: Array) -> Draws:
+        """The draws at the rows of `noise`, [S, D], or at one noise, [D]."""
+        return cls(number=None, sign=None, probes=None, noise=noise)
 
 
 class Extras(NamedTuple):
@@ -65,6 +72,7 @@ class Estimate(NamedTuple):
         hessian: E_q[H] as [D, D], or its diagonal as [D].
         others: gradient with respect to the other parameters, from the same backward passes.
         extras: of the first draw.
+        evaluations: gradients that it took; a Hessian counts as D, a Hessian-vector product as 2.
     """
 
     loss: Array
@@ -74,6 +82,7 @@ class Estimate(NamedTuple):
     hessian: Array
     others: Any
     extras: Extras
+    evaluations: int = 0
 
 
 def value_and_gradients(objective: Objective, argnums: tuple[int, ...], forward: bool) -> Callable:
@@ -92,8 +101,10 @@ def value_and_gradients(objective: Objective, argnums: tuple[int, ...], forward:
     return evaluate
 
 
-def average_over_pairs(losses: Array, gradients: Array, hessian: Array, others: Any, extras: Extras) -> Estimate:
-    """The estimate from S draws stacked along the first axis, ordered as `Draws` orders them."""
+def average_over_pairs(
+    losses: Array, gradients: Array, hessian: Array, others: Any, extras: Extras, cost: int
+) -> Estimate:
+    """The estimate from S draws stacked along the first axis, ordered as `Draws` orders them; `cost` of each."""
     num_pairs = len(losses) // 2
     return Estimate(
         loss=losses.mean(),
@@ -103,4 +114,5 @@ def average_over_pairs(losses: Array, gradients: Array, hessian: Array, others: 
         hessian=hessian.mean(0),
         others=jax.tree.map(lambda leaf: leaf.mean(0), others),
         extras=jax.tree.map(lambda leaf: leaf[0], extras),
+        evaluations=cost * len(losses),
     )

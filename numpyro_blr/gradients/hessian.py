@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._estimate import Draws, Estimate, Objective, average_over_pairs, value_and_gradients
+from ._estimate import Draws, Estimate, Extras, Objective, average_over_pairs, value_and_gradients
 
-__all__ = ["hessian"]
+__all__ = ["hessian", "hessians_at"]
 
 
 def hessian(
@@ -30,6 +30,21 @@ def hessian(
     forward: bool = False,
 ) -> Estimate:
     """E_q[g] and E_q[∇²ℓ] at the given draws; with `dense=False` only the diagonal of the latter is kept."""
+    hessians, losses, gradients, g_others, extras = hessians_at(objective, loc, scales, others, draws, forward=forward)
+    kept = hessians if dense else jnp.diagonal(hessians, axis1=-2, axis2=-1)
+    return average_over_pairs(losses, gradients, kept, g_others, extras, cost=len(loc) + 1)
+
+
+def hessians_at(
+    objective: Objective,
+    loc: Array,
+    scales: tuple[Array | None, ...],
+    others: Any,
+    draws: Draws,
+    *,
+    forward: bool = False,
+) -> tuple[Array, Array, Array, Any, Extras]:
+    """(∇²ℓ [S, D, D], losses [S], ∇ℓ [S, D], gradients of `others`, extras), one for each draw."""
     evaluate = value_and_gradients(objective, (0, 2), forward)
 
     def at_draw(draw: Draws):
@@ -38,7 +53,6 @@ def hessian(
             return g, (loss, g, g_others, extras)
 
         matrix, rest = jax.jacfwd(gradient, has_aux=True)(loc)
-        return ((matrix + matrix.T) / 2 if dense else jnp.diagonal(matrix)), *rest
+        return (matrix + matrix.T) / 2, *rest
 
-    hessians, losses, gradients, g_others, extras = jax.vmap(at_draw)(draws)
-    return average_over_pairs(losses, gradients, hessians, g_others, extras)
+    return jax.vmap(at_draw)(draws)

@@ -39,4 +39,4 @@ def hutchinson(
         return draw.probes * product, *rest
 
     diagonals, losses, gradients, g_others, extras = jax.vmap(at_draw)(draws)
-    return average_over_pairs(losses, gradients, diagonals, g_others, extras)
+    return average_over_pairs(losses, gradients, diagonals, g_others, extras, cost=3)

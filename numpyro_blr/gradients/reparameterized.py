@@ -58,6 +58,7 @@ def reparameterized(
         hessian=block_diag(*parts) if dense else jnp.concatenate(parts),
         others=g_others,
         extras=extras,
+        evaluations=1,
     )
 
 

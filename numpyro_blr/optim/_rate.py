@@ -11,6 +11,8 @@ One step, given the estimate (g, H) at K antithetic pairs of draws and their los
    than one standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients.
 3. Accepted at once: ρ ← min(1, 1.7 ρ) for the next step.
 
+`_recycled.py` has a search of its own, in which proposals may need no evaluation; the rules of this file are its, too.
+
 On a quadratic the first proposal, ρ = 1, is the exact posterior and is accepted.
 """
 
@@ -27,7 +29,7 @@ from jax import Array, lax
 from ..families import Precision
 from ..gradients import Estimate
 
-__all__ = ["RateState", "init", "search"]
+__all__ = ["RateState", "init", "next_rate", "not_worse", "residual_and_error", "search", "squared_norm"]
 
 CUT, GROW, MAX_PROPOSALS = 0.4, 1.7, 8
 NOISE_RATIO = 2.0
@@ -50,6 +52,11 @@ class RateState:
     rejected: Array
     last_gradient: Any
 
+    def after(self, rate: Array, noisy_steps: Array, gradient: Any, accepted: Array) -> RateState:
+        """The next state."""
+        rejected = self.rejected + (~accepted).astype(jnp.int32)
+        return RateState(rate=rate, noisy_steps=noisy_steps, rejected=rejected, last_gradient=gradient)
+
 
 def init(loc: Array) -> RateState:
     return RateState(
@@ -62,7 +69,7 @@ def init(loc: Array) -> RateState:
 
 def search(
     state: RateState, losses: Array, noisy: Array, gradient: Any, propose: Callable[[Array], tuple[Any, Array]]
-) -> tuple[RateState, Any, Array]:
+) -> tuple[RateState, Any, Array, Array]:
     """The accepted proposal.
 
     Args:
@@ -72,16 +79,18 @@ def search(
         propose: rate -> (proposal, losses [S] of the proposal at the same draws).
 
     Returns:
-        the next rate state, the last proposal made, and whether it was accepted.
+        the next rate state, the last proposal made, whether it was accepted, and how many were made.
     """
+
     noisy_steps = state.noisy_steps + noisy.astype(jnp.int32)
     first_rate = jnp.minimum(state.rate, 2 / (noisy_steps.astype(state.rate.dtype) + 2))
+    every_pair = jnp.ones(len(losses) // 2, bool)
 
     def attempt(carry):
         tries, rate, _, _ = carry
         rate = jnp.where(tries == 0, rate, CUT * rate)
         proposal, proposed = propose(rate)
-        return tries + 1, rate, proposal, not_worse(losses, proposed)
+        return tries + 1, rate, proposal, not_worse(_by_pair(losses), _by_pair(proposed), every_pair)
 
     # `propose` is traced once, inside the loop; the placeholder only gives the carry its shape.
     placeholder = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(propose, first_rate)[0])
@@ -90,24 +99,28 @@ def search(
         attempt,
         (jnp.zeros((), jnp.int32), first_rate, placeholder, jnp.zeros((), bool)),
     )
-    next_rate = jnp.where(tries == 1, jnp.minimum(1, GROW * rate), rate)
-    next_rate = jnp.where(accepted, next_rate, CUT * first_rate).astype(state.rate.dtype)
-    next_state = RateState(
-        rate=next_rate,
-        noisy_steps=noisy_steps,
-        rejected=state.rejected + (~accepted).astype(jnp.int32),
-        last_gradient=gradient,
-    )
-    return next_state, proposal, accepted
+    next_state = state.after(next_rate(rate, first_rate, accepted, tries), noisy_steps, gradient, accepted)
+    return next_state, proposal, accepted, tries
 
 
-def inside_noise(estimate: Estimate, precision: Precision) -> Array:
-    """r² < 2 V: whether the natural gradient is indistinguishable from its Monte Carlo error."""
-    squared_norm = jax.vmap(lambda vector: vector @ precision.solve(vector))
+def next_rate(rate: Array, first_rate: Array, accepted: Array, tries: Array) -> Array:
+    """What the next step tries first: more after a first proposal that was accepted, less after none."""
+    after = jnp.where(tries == 1, jnp.minimum(1, GROW * rate), rate)
+    return jnp.where(accepted, after, CUT * first_rate).astype(first_rate.dtype)
+
+
+def squared_norm(gradient: Array, precision: Precision) -> Array:
+    """gᵀ S⁻¹ g: the squared length of the natural gradient in the Fisher norm."""
+    return gradient @ precision.solve(gradient)
+
+
+def residual_and_error(estimate: Estimate, precision: Precision) -> tuple[Array, Array]:
+    """(r², V): the squared natural gradient and its Monte Carlo variance, NaN of a single pair or draw."""
     num_pairs = len(estimate.pair_gradients)
-    spread = squared_norm(estimate.pair_gradients - estimate.gradient).sum()
-    residual = squared_norm(estimate.gradient[None])[0]
-    return residual < NOISE_RATIO * spread / (num_pairs * (num_pairs - 1))
+    deviations = estimate.pair_gradients - estimate.gradient
+    spread = jax.vmap(lambda deviation: squared_norm(deviation, precision))(deviations).sum()
+    error = spread / (num_pairs * (num_pairs - 1)) if num_pairs > 1 else jnp.full_like(spread, jnp.nan)
+    return squared_norm(estimate.gradient, precision), error
 
 
 def opposed(estimate: Estimate, precision: Precision, last_gradient: Array) -> Array:
@@ -115,11 +128,24 @@ def opposed(estimate: Estimate, precision: Precision, last_gradient: Array) -> A
     return estimate.gradient @ precision.solve(last_gradient) < 0
 
 
-def not_worse(before: Array, after: Array) -> Array:
-    """Mean paired difference at most its standard error, and at most rounding where there is none."""
-    num_pairs = len(before) // 2
-    change = after - before
-    change = (change[:num_pairs] + change[num_pairs:]) / 2
-    error = change.std() / (num_pairs - 1) ** 0.5
-    rounding = 64 * jnp.finfo(before.dtype).eps * jnp.abs(before).mean()
-    return jnp.isfinite(after).all() & (change.mean() <= error + rounding)
+def not_worse(before: Array, after: Array, taken: Array) -> Array:
+    """Whether the mean paired difference is at most its standard error, and rounding where there is none.
+
+    Args:
+        before, after: losses at antithetic pairs, [K, 2].
+        taken: [K], which of the pairs are there.
+    """
+    num_pairs = taken.sum().astype(before.dtype)
+
+    def mean(values: Array) -> Array:
+        return jnp.where(taken, values, 0).sum() / num_pairs
+
+    change = (after - before).mean(1)
+    error = (mean((change - mean(change)) ** 2) / jnp.maximum(num_pairs - 1, 1)) ** 0.5
+    rounding = 64 * jnp.finfo(before.dtype).eps * mean(jnp.abs(before).mean(1))
+    finite = jnp.where(taken, jnp.isfinite(after).all(1), True).all()
+    return finite & (mean(change) <= error + rounding)
+
+
+def _by_pair(losses: Array) -> Array:
+    return losses.reshape(2, -1).T

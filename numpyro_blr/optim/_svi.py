@@ -18,7 +18,7 @@ from numpyro.optim import _NumPyroOptim
 from numpyro.primitives import Messenger
 
 from ..gradients import Draws, Extras, Objective
-from ._layout import Layout, Member, Site, rows_of, scatter, subsampled, unwrap
+from ._layout import Layout, Member, Site, gather, rows_of, scatter, subsampled, unwrap
 
 __all__ = [
     "Members",
@@ -28,8 +28,10 @@ __all__ = [
     "check_params",
     "checked_state",
     "host_optimizer",
+    "joint_noise",
     "loss_of",
     "objective_of",
+    "recyclable",
     "report_skipped",
     "standard_normal",
 ]
@@ -146,9 +148,25 @@ def objective_of(fn: Callable, layout: Layout, params: Mapping[str, Any]) -> Obj
         redraw = Redraw(layout, draw)
         with redraw:
             loss, aux = fn(values)
-        return loss, Extras(aux, redraw.weight(loc), jnp.asarray(redraw.minibatch), redraw.coverage)
+        minibatch = jnp.asarray(redraw.minibatch)
+        return loss, Extras(aux, redraw.weight(loc), minibatch, redraw.coverage)
 
     return objective
+
+
+def recyclable(svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]) -> bool:
+    """Whether the loss at a draw is −log p(D, z) + log q(z) of a fixed ℓ: one particle, all data, no analytic KL."""
+    one_density = type(svi.loss) in (Trace_ELBO, TraceEnum_ELBO) and svi.loss.num_particles == 1
+    drawn = all(block.structure in ("diagonal", "dense") for block in layout.blocks)
+    if not (one_density and drawn) or layout.members or layout.others:
+        return False
+
+    def evaluate(params: Mapping[str, Any]) -> Extras:
+        loc, scales = gather(layout, params)
+        return objective_of(loss_of(svi, args, kwargs), layout, params)(loc, scales, {}, Draws.at(loc))[1]
+
+    extras = jax.eval_shape(evaluate, dict(params))
+    return extras.aux is None and extras.weight is None
 
 
 class Redraw(Messenger):
@@ -226,8 +244,7 @@ class Redraw(Messenger):
         if self.draw is None or site.block.structure == "point":
             return
         base, transforms = unwrap(msg["fn"])
-        noise = standard_normal(msg["kwargs"]["rng_key"], self.draw.number, base.shape(), base.loc.dtype)
-        value: Array = base.loc + _affine(base, self.draw.sign * noise)
+        value: Array = base.loc + _affine(base, self._noise(msg, site, base))
         intermediates = []
         for transform in transforms:
             inner, (value, inside) = value, transform.call_with_intermediates(value)
@@ -245,6 +262,34 @@ class Redraw(Messenger):
             weight = self.weights.get(site.name)
             parts.append(jnp.ravel(jnp.broadcast_to(1.0 if weight is None else weight, site.block.shape)))
         return jnp.concatenate(parts).astype(loc.dtype)
+
+    def _noise(self, msg: dict, site: Site, base: Any) -> Array:
+        draw: Any = self.draw
+        if draw.noise is not None:
+            return draw.noise[site.block.start : site.block.stop].reshape(base.shape())
+        return draw.sign * standard_normal(msg["kwargs"]["rng_key"], draw.number, base.shape(), base.loc.dtype)
+
+
+def joint_noise(fn: Callable, layout: Layout, params: Mapping[str, Any], num_draws: int, like: Array) -> Array:
+    """Standard normal noise for all coordinates, [S, D], from the random key that `fn` gives the guide's first site."""
+    given = KeyOfSite(frozenset(site.name for site in layout.sites))
+    with given:
+        fn(dict(params))  # for its key: what else it computes is used by nobody, and left out when compiled
+    numbers = jnp.arange(num_draws)
+    return jax.vmap(lambda number: standard_normal(given.rng_key, number, like.shape, like.dtype))(numbers)
+
+
+class KeyOfSite(Messenger):
+    """Notes the random key of the first of some sites."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        super().__init__(None)
+        self.names = names
+        self.rng_key: Any = None
+
+    def process_message(self, msg: dict) -> None:
+        if self.rng_key is None and msg["type"] == "sample" and msg["name"] in self.names and msg["value"] is None:
+            self.rng_key = msg["kwargs"]["rng_key"]
 
 
 def standard_normal(rng_key: Array, number: Array, shape: tuple[int, ...], dtype: Any) -> Array:

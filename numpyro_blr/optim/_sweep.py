@@ -341,7 +341,7 @@ def _drawn_step(
     spread = jax.vmap(lambda one: squared_norm(one - direction))(by_draw).sum()
     noisy = squared_norm(direction) < _rate.NOISE_RATIO * spread / (design.num_draws * (design.num_draws - 1))
     before = _by_draw(design, losses) - entropy(natural)
-    state, proposed, accepted = _rate.search(state, before, noisy, direction, propose)
+    state, proposed, accepted, _ = _rate.search(state, before, noisy, direction, propose)
     return state, proposed.where(jnp.broadcast_to(accepted, natural.batch_shape), natural)
 
 

@@ -1,15 +1,10 @@
-"""The Bayesian learning rule for Gaussian guides.
+"""The Bayesian learning rule as an optimizer for NumPyro's SVI: which rule moves which parameter.
 
-With q(z) = N(z | m, S⁻¹), ℓ(z) = −log p(D, z) and temperature τ:
+The rules themselves are `_gaussian.py` (Gaussian sites, at a rate that is given or that the draws choose),
+`_recycled.py` (the same with the draws of earlier steps) and `_sweep.py` (sites of other families); `_layout.py` says
+which parameters are which site's.
 
-    S ← (1 − ρ) S + ρ E_q[∇²ℓ] / τ          precision.blend
-    m ← m − ρ S_new⁻¹ E_q[∇ℓ] / τ           precision.solve
-
-which is λ ← (1 − ρ) λ − (ρ/τ) ∇_μ E_q[ℓ] in the natural parameters λ = (S m, −S/2) (`families/_family.py` has the two
-lines between). The *new* S in the second line makes ρ = 1 Bayes' rule wherever ℓ is quadratic.
-
-Source: Khan & Rue 2023, "The Bayesian Learning Rule", equations 9 to 12; Khan 2025, arXiv 2509.15641.
-Paper's symbols: ρ = `learning_rate`, m = `loc`, S = `precision`, τ = `temperature`.
+Source: Khan & Rue 2023, "The Bayesian Learning Rule"; Khan 2025, arXiv 2509.15641.
 """
 
 from __future__ import annotations
@@ -33,157 +28,17 @@ from ..families import (
     NormalNatural,
     Precision,
 )
-from ..gradients import Draws, Estimate, Extras, Objective, hessian, hutchinson, reparameterized
-from . import _options, _rate, _svi, _sweep
+from ..gradients import Draws, Estimate, Extras, hessian, hutchinson, reparameterized
+from . import _options, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
+from ._gaussian import State, all_finite, init, scales_of, select, step, tempered
 from ._layout import Layout, gather, gather_members, joined, recognise, scatter, scatter_members
 
-__all__ = ["BLR", "OptState", "State", "init", "step"]
+__all__ = ["BLR", "OptState", "State", "init", "scales_of", "step", "tempered"]
 
 MAX_DENSE_DIMENSION = 256
 UNLEARNED_SCALE = 0.1
 GAUSSIANS = (NormalNatural, MultivariateNormalNatural)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
-    """The Gaussian and what the rule carries with it.
-
-    Attributes:
-        loc: m, [D].
-        precision: S.
-        rate: of the automatic mode (`_rate.RateState`).
-        radius: in (0, 1], by which the draws are drawn towards m after a loss that was not finite there.
-        skipped: steps so far that left everything else as it was, because the loss or a gradient was not finite.
-    """
-
-    loc: Array
-    precision: Precision
-    rate: _rate.RateState
-    radius: Array
-    skipped: Array
-
-
-def init(loc: Array, precision: Precision) -> State:
-    """The state at N(loc, precision⁻¹)."""
-    return State(
-        loc=loc,
-        precision=precision,
-        rate=_rate.init(loc),
-        radius=jnp.ones((), loc.dtype),
-        skipped=jnp.zeros((), jnp.int32),
-    )
-
-
-def step(
-    state: State,
-    objective: Objective,
-    blocks: tuple[Block, ...],
-    others: Any,
-    draws: Draws | None,
-    estimator: Callable[..., Estimate],
-    learning_rate: Array | None = None,
-) -> tuple[State, Estimate, Array]:
-    """One step of the rule.
-
-    Args:
-        objective: L(m, C; ε), see `gradients/_estimate.py`.
-        others: parameters of the objective that are no part of the Gaussian; differentiated, not moved.
-        learning_rate: ρ; None lets the draws choose it (`_rate.py`).
-
-    Returns:
-        the next state, the estimate, and whether the Gaussian moved. Where the loss, a gradient or the proposed state
-        is not finite, nothing moves, the step is counted in `skipped`, and the next draws are taken closer to m.
-    """
-    scales = scales_of(state.precision, blocks, state.radius)
-    estimate = completed(estimator(objective, state.loc, scales, others, draws), state.precision)
-    usable = all_finite(estimate.losses, estimate.gradient, estimate.hessian, estimate.others)
-
-    assert estimate.extras.weight is not None  # `completed` fills it in
-    covered = estimate.extras.weight > 0
-
-    def propose(rate: Array) -> tuple[Array, Precision]:
-        precision = state.precision.blend(estimate.hessian, rate)
-        direction = jnp.where(covered, precision.solve(estimate.gradient), 0)
-        return state.loc - rate * direction, precision
-
-    def propose_and_evaluate(rate: Array) -> tuple[tuple[Array, Precision], Array]:
-        loc, precision = propose(rate)
-        proposed_scales = scales_of(precision, blocks, state.radius)
-        return (loc, precision), jax.vmap(lambda draw: objective(loc, proposed_scales, others, draw)[0])(draws)
-
-    if learning_rate is None:
-        noisy = _rate.inside_noise(estimate, state.precision) | (
-            jnp.asarray(estimate.extras.minibatch) & _rate.opposed(estimate, state.precision, state.rate.last_gradient)
-        )
-        rate, (loc, precision), moved = _rate.search(
-            state.rate, estimate.losses, noisy, estimate.gradient, propose_and_evaluate
-        )
-    else:
-        rate, (loc, precision) = state.rate, propose(learning_rate)
-        usable &= all_finite(loc, precision, scales_of(precision, blocks, state.radius))
-        moved = usable
-
-    radius = jnp.minimum(1, 2 * state.radius)
-    accepted = replace(state, loc=loc, precision=precision, rate=rate, radius=radius)
-    rejected = replace(state, rate=rate)
-    unusable = replace(state, radius=state.radius / 2, skipped=state.skipped + 1)
-    moved &= usable
-    return select(moved, accepted, select(usable, rejected, unusable)), estimate, moved
-
-
-def scales_of(precision: Precision, blocks: tuple[Block, ...], radius: Array) -> tuple[Array | None, ...]:
-    """C_b of every block that has one of its own."""
-    return tuple(
-        radius * precision.scale(block) if block.structure in ("diagonal", "dense") else None for block in blocks
-    )
-
-
-def completed(estimate: Estimate, precision: Precision) -> Estimate:
-    """The estimate with what it says nothing about left as it is.
-
-    A coordinate whose entropy enters the loss w times is solved for ℓ/w: the row of a subsampled plate sees its own
-    term once and not N/M times. A row outside the batch, and a coordinate that the loss does not depend on, stay.
-    """
-    diagonal = jnp.diagonal(estimate.hessian) if estimate.hessian.ndim == 2 else estimate.hessian
-    weight = jnp.ones_like(estimate.gradient) if estimate.extras.weight is None else estimate.extras.weight
-    weight = jnp.where((estimate.gradient == 0) & (diagonal == 0), 0, weight)
-    gradient_weight = jnp.where(weight > 0, weight, 1)
-    return estimate._replace(
-        gradient=estimate.gradient / gradient_weight,
-        pair_gradients=estimate.pair_gradients / gradient_weight,
-        hessian=precision.complete(estimate.hessian, weight),
-        extras=estimate.extras._replace(weight=weight),
-    )
-
-
-def tempered(objective: Objective, blocks: tuple[Block, ...], temperature: float) -> Objective:
-    """L/τ with the entropy kept whole: E_q[ℓ]/τ − H(q), whose fixed point is that of E_q[ℓ] − τ H(q)."""
-    if temperature == 1:
-        return objective
-
-    def tempered_objective(loc, scales, others, draw):
-        loss, extras = objective(loc, scales, others, draw)
-        if extras.weight is not None:
-            raise ValueError("temperature != 1 needs a guide without subsampled or scaled latent sites.")
-        log_determinant = sum(
-            jnp.log(jnp.diagonal(scale, axis1=-2, axis2=-1) if block.structure == "dense" else scale).sum()
-            for block, scale in zip(blocks, scales, strict=True)
-            if scale is not None
-        )
-        return loss / temperature + (1 / temperature - 1) * log_determinant, extras
-
-    return tempered_objective
-
-
-def all_finite(*trees: Any) -> Array:
-    leaves = jax.tree.leaves(trees)
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
-
-
-def select(condition: Array, chosen: Any, otherwise: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, otherwise)
 
 
 @jax.tree_util.register_dataclass
@@ -213,6 +68,11 @@ class OptState:
         return (
             self.members.skipped if self.gaussian is None else jnp.maximum(self.members.skipped, self.gaussian.skipped)
         )
+
+    @property
+    def gradient_evaluations(self) -> Array:
+        """Gradients so far for the Gaussian; a Hessian counts as D, a Hessian-vector product as 2, a loss as 1."""
+        return jnp.zeros(()) if self.gaussian is None else self.gaussian.evaluations
 
 
 class BLR(numpyro.optim._NumPyroOptim):
@@ -276,7 +136,7 @@ class BLR(numpyro.optim._NumPyroOptim):
         layout, roles = self._roles(svi, args, kwargs, layout, params) if layout.members else (layout, ())
         state = OptState(
             params=jax.tree.map(jnp.copy, dict(params)),  # no buffer twice, so that the state can be donated
-            gaussian=self._gaussian(layout, params) if layout.sites else None,
+            gaussian=self._gaussian(svi, args, kwargs, layout, params) if layout.sites else None,
             members=_sweep.init(gather_members(layout, params)),
             others=self.others.init({name: params[name] for name in layout.others}),
             layout=layout,
@@ -284,7 +144,7 @@ class BLR(numpyro.optim._NumPyroOptim):
         )
         return jnp.zeros((), int), state
 
-    def _gaussian(self, layout: Layout, params: Mapping[str, Any]) -> State:
+    def _gaussian(self, svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]) -> State:
         full_rank = any(block.structure == "dense" for block in layout.blocks)
         if full_rank and self.estimator == "hutchinson":
             raise ValueError(
@@ -294,11 +154,17 @@ class BLR(numpyro.optim._NumPyroOptim):
         dimension = sum(block.size for block in layout.blocks)
         small = self.estimator == "hessian" or (self.estimator == "auto" and dimension <= MAX_DENSE_DIMENSION)
         family = DensePrecision if full_rank or small else DiagonalPrecision
+        recycles = (
+            family is DensePrecision
+            and self.learning_rate is None
+            and _svi.recyclable(svi, args, kwargs, layout, params)
+        )
 
         @jax.jit  # one compilation and not one an operation
         def start(params: dict[str, Any]) -> State:
             loc, scales = gather(layout, params)
-            return init(loc, family.from_scales(layout.blocks, scales, UNLEARNED_SCALE, like=loc))
+            precision = family.from_scales(layout.blocks, scales, UNLEARNED_SCALE, like=loc)
+            return init(loc, precision, _recycled.init(loc, scales) if recycles else None)
 
         return start(dict(params))
 
@@ -359,7 +225,19 @@ class BLR(numpyro.optim._NumPyroOptim):
         if layout.members:
             assert draws is not None  # refused at init
             members, fitted, draws, loss, g_others, extras = self._sweep(fn, count, opt_state, draws, others)
-        if gaussian is not None:
+        if gaussian is not None and gaussian.recycling is not None:
+            objective = tempered(_svi.objective_of(fn, layout, params), layout.blocks, self.temperature)
+            noise = _svi.joint_noise(fn, layout, params, self.num_draws // 2, gaussian.loc)
+            gaussian, loss, moved = _recycled.step(
+                gaussian,
+                objective,
+                layout.blocks,
+                noise,
+                self.temperature,
+                forward=forward_mode_differentiation,
+            )
+            g_others, extras = {}, Extras(None)
+        elif gaussian is not None:
             gaussian, estimate, moved = step(
                 gaussian,
                 tempered(_svi.objective_of(fn, layout, params), layout.blocks, self.temperature),
@@ -369,10 +247,10 @@ class BLR(numpyro.optim._NumPyroOptim):
                 self._estimator(gaussian.precision, layout.blocks, forward_mode_differentiation),
                 self._rate(count, gaussian.loc.dtype),
             )
+        if gaussian is not None:
             scales = scales_of(gaussian.precision, layout.blocks, jnp.ones((), gaussian.loc.dtype))
             fitted = select(moved, scatter(layout, gaussian.loc, scales, fitted), fitted)
-        if not layout.members:
-            assert estimate is not None
+        if not layout.members and estimate is not None:
             loss, g_others, extras = estimate.loss, estimate.others, estimate.extras
 
         next_state = replace(opt_state, gaussian=gaussian, members=members)

@@ -55,7 +55,8 @@ class DensePrecision:
         return DensePrecision(_reflected(self.matrix, hessian, rate) if failed else straight)
 
     def solve(self, vector: Tensor) -> Tensor:
-        return _solve(self.matrix, vector)
+        columns = vector.reshape(-1, len(self.matrix)).T
+        return torch.cholesky_solve(columns, _cholesky(self.matrix)).T.reshape(vector.shape)
 
     def scale(self, block: Block) -> Tensor:
         """σ = diag(S_bb)^(−1/2) for a mean-field block; the lower C with C Cᵀ = (S_bb)⁻¹ for a dense one."""

@@ -4,9 +4,24 @@ from ._estimate import Draws as Draws
 from ._estimate import Estimate as Estimate
 from ._estimate import Extras as Extras
 from ._estimate import Objective as Objective
+from ._estimate import Transformation as Transformation
 from ._estimate import each_draw as each_draw
+from ._estimate import losses_of as losses_of
 from .hessian import hessian as hessian
+from .hessian import hessians_at as hessians_at
 from .hutchinson import hutchinson as hutchinson
 from .reparameterized import reparameterized as reparameterized
 
-__all__ = ["Draws", "Estimate", "Extras", "Objective", "each_draw", "hessian", "hutchinson", "reparameterized"]
+__all__ = [
+    "Draws",
+    "Estimate",
+    "Extras",
+    "Objective",
+    "Transformation",
+    "each_draw",
+    "hessian",
+    "hessians_at",
+    "hutchinson",
+    "losses_of",
+    "reparameterized",
+]

@@ -11,12 +11,24 @@ depend on m, and a loss that integrates a part of itself analytically (`TraceMea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Draws", "Estimate", "Extras", "Objective", "average_over_pairs", "each_draw", "value_and_gradient"]
+__all__ = [
+    "Draws",
+    "Estimate",
+    "Extras",
+    "Objective",
+    "Transformation",
+    "Vectorised",
+    "at_every_draw",
+    "average_over_pairs",
+    "each_draw",
+    "losses_of",
+    "value_and_gradient",
+]
 
 
 class Draws(NamedTuple):
@@ -27,12 +39,19 @@ class Draws(NamedTuple):
         sign: [S], +1 for the first half and −1 for the second.
         probes: [S, D] Rademacher vectors for curvature products, or None where no estimator asks for them.
         members: the values of sites outside the Gaussian, for each of the S; passed through to the objective.
+        noise: ε itself, [S, D], where the caller makes it; `number` and `sign` then play no part.
     """
 
     number: Any
     sign: Any
     probes: Tensor | None
     members: Any = None
+    noise: Tensor | None = None
+
+    @classmethod
+    def at(cls, noise: Tensor) -> Draws:
+        """The draws at the rows of `noise`, [S, D]."""
+        return cls(number=[None] * len(noise), sign=[None] * len(noise), probes=None, noise=noise)
 
 
 class Extras(NamedTuple):
@@ -56,6 +75,33 @@ Objective = Callable[[Tensor, tuple[Tensor | None, ...], Any, Any], tuple[Tensor
 """(mean [D], a scale per block, other parameters, one draw) -> (loss, extras)."""
 
 
+Transformation = Callable[[Callable[..., Tensor], bool], Callable[..., tuple[Tensor, ...]]]
+"""(L(m, C) of one draw, whether second derivatives are taken in forward mode) -> a function of m, C and that draw's row
+of each column, in terms of `torch.func`."""
+
+
+@runtime_checkable
+class Vectorised(Protocol):
+    """An objective that evaluates what an estimator needs at all draws at once, as one program without the host."""
+
+    extras: Extras
+
+    def at_all(
+        self,
+        transformation: Transformation,
+        loc: Tensor,
+        scales: tuple[Tensor | None, ...],
+        draws: Draws | None,
+        *columns: Tensor,
+    ) -> tuple[Tensor, ...] | None:
+        """What the transformed loss returns, each stacked over the draws; None where the program does not run there.
+
+        Args:
+            draws: None for the one draw of the host's own.
+            columns: further inputs, one row a draw.
+        """
+
+
 class Estimate(NamedTuple):
     """Averages over the draws.
 
@@ -65,6 +111,7 @@ class Estimate(NamedTuple):
         hessian: E_q[H] as [D, D], or its diagonal as [D].
         others: None: in Pyro the other parameters have their gradients from the host's own backward pass.
         extras: of the first draw.
+        evaluations: gradients that it took; a Hessian counts as D, a Hessian-vector product as 2.
     """
 
     loss: Tensor
@@ -74,11 +121,54 @@ class Estimate(NamedTuple):
     hessian: Tensor
     others: Any
     extras: Extras
+    evaluations: int = 0
 
 
 def each_draw(draws: Draws) -> list[Draws]:
     columns = [[None] * len(draws.number) if column is None else column for column in draws]
     return [Draws(*draw) for draw in zip(*columns, strict=True)]
+
+
+def at_every_draw(
+    objective: Objective,
+    transformation: Transformation,
+    at_draw: Callable[[Draws], tuple[Any, ...]],
+    loc: Tensor,
+    scales: tuple[Tensor | None, ...],
+    draws: Draws,
+    *columns: Tensor,
+) -> tuple[tuple[Tensor, ...], Extras]:
+    """Tensors with the draws along the first axis, and the extras of the first draw.
+
+    Args:
+        transformation: for an objective that takes all draws at once.
+        at_draw: one draw -> (the same tensors, extras); for any other.
+    """
+    if isinstance(objective, Vectorised):
+        found = objective.at_all(transformation, loc, scales, draws, *columns)
+        if found is not None:
+            return found, objective.extras
+    *tensors, extras = zip(*map(at_draw, each_draw(draws)), strict=True)
+    return tuple(map(torch.stack, tensors)), extras[0]
+
+
+def losses_of(
+    objective: Objective, loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draws: Draws
+) -> Tensor:
+    """L at every draw, [S]."""
+    location = loc.detach().requires_grad_()  # TraceEnum_ELBO refuses a loss that cannot be differentiated
+
+    def at_draw(draw: Draws):
+        with torch.enable_grad():
+            loss, extras = objective(location, scales, others, draw)
+        return loss.detach(), extras
+
+    (losses,), _ = at_every_draw(objective, _value, at_draw, loc, scales, draws)
+    return losses
+
+
+def _value(loss: Callable[..., Tensor], _: bool) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda loc, scales: (loss(loc, scales),)
 
 
 def value_and_gradient(
@@ -92,18 +182,16 @@ def value_and_gradient(
     return loss.detach(), extras, gradient, location
 
 
-def average_over_pairs(
-    losses: list[Tensor], gradients: list[Tensor], hessians: list[Tensor], extras: list[Extras]
-) -> Estimate:
-    """The estimate from S draws, ordered as `Draws` orders them."""
+def average_over_pairs(losses: Tensor, gradients: Tensor, hessians: Tensor, extras: Extras, cost: int) -> Estimate:
+    """The estimate from S draws stacked along the first axis, ordered as `Draws` orders them; `cost` of each."""
     num_pairs = len(losses) // 2
-    stacked, gradient = torch.stack(losses), torch.stack(gradients)
     return Estimate(
-        loss=stacked.mean(),
-        losses=stacked,
-        gradient=gradient.mean(0),
-        pair_gradients=(gradient[:num_pairs] + gradient[num_pairs:]) / 2,
-        hessian=torch.stack(hessians).mean(0),
+        loss=losses.mean(),
+        losses=losses,
+        gradient=gradients.mean(0),
+        pair_gradients=(gradients[:num_pairs] + gradients[num_pairs:]) / 2,
+        hessian=hessians.mean(0),
         others=None,
-        extras=extras[0],
+        extras=extras,
+        evaluations=cost * len(losses),
     )

@@ -8,14 +8,15 @@ Source: Khan & Rue 2023, equations 9 and 10; Opper & Archambeau 2009.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._estimate import Draws, Estimate, Objective, average_over_pairs, each_draw, value_and_gradient
+from ._estimate import Draws, Estimate, Extras, Objective, at_every_draw, average_over_pairs, value_and_gradient
 
-__all__ = ["hessian"]
+__all__ = ["hessian", "hessians_at"]
 
 
 def hessian(
@@ -28,6 +29,15 @@ def hessian(
     dense: bool = True,
 ) -> Estimate:
     """E_q[g] and E_q[∇²ℓ] at the given draws; with `dense=False` only the diagonal of the latter is kept."""
+    hessians, losses, gradients, extras = hessians_at(objective, loc, scales, others, draws)
+    kept = hessians if dense else hessians.diagonal(dim1=-2, dim2=-1)
+    return average_over_pairs(losses, gradients, kept, extras, cost=len(loc) + 1)
+
+
+def hessians_at(
+    objective: Objective, loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draws: Draws
+) -> tuple[Tensor, Tensor, Tensor, Extras]:
+    """(∇²ℓ [S, D, D], losses [S], ∇ℓ [S, D]), one for each draw, and the extras of the first."""
     identity = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
 
     def at_draw(draw: Draws):
@@ -35,6 +45,22 @@ def hessian(
         matrix = torch.zeros_like(identity)
         if gradient.requires_grad:  # not where ℓ is linear
             (matrix,) = torch.autograd.grad(gradient, location, identity, is_grads_batched=True, materialize_grads=True)
-        return loss, gradient.detach(), ((matrix + matrix.mT) / 2 if dense else matrix.diagonal()), extras
+        return loss, gradient.detach(), matrix, extras
 
-    return average_over_pairs(*map(list, zip(*map(at_draw, each_draw(draws)), strict=True)))
+    (losses, gradients, matrices), extras = at_every_draw(objective, _second_order, at_draw, loc, scales, draws)
+    return (matrices + matrices.mT) / 2, losses, gradients, extras
+
+
+def _second_order(loss: Callable[..., Tensor], forward: bool) -> Callable[..., tuple[Tensor, ...]]:
+    """(L, g, H) of one draw."""
+
+    def at_draw(loc: Tensor, scales: tuple[Tensor | None, ...]):
+        def gradient_and_aux(loc: Tensor):
+            gradient, value = torch.func.grad_and_value(loss)(loc, scales)
+            return gradient, (value, gradient)
+
+        jacobian = torch.func.jacfwd if forward else torch.func.jacrev
+        matrix, (value, gradient) = jacobian(gradient_and_aux, has_aux=True)(loc)
+        return value, gradient, matrix
+
+    return at_draw

@@ -14,6 +14,7 @@ Source: Khan & Rue 2023, section 4.1 ("first-order"); `scales` are σ and C.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from ..families import Block
-from ._estimate import Estimate, Objective
+from ._estimate import Estimate, Objective, Vectorised
 
 __all__ = ["reparameterized"]
 
@@ -36,11 +37,15 @@ def reparameterized(
     dense: bool,
 ) -> Estimate:
     """E_q[g] and the first-order estimate of E_q[H], block by block, from one evaluation at the host's own draws."""
-    location = loc.detach().requires_grad_()
-    scales = tuple(scale.detach().requires_grad_() for scale in scales)
-    with torch.enable_grad():
-        loss, extras = objective(location, scales, others, None)
-        gradient, *g_scales = torch.autograd.grad(loss, (location, *scales), materialize_grads=True)
+    found = objective.at_all(_first_order, loc, scales, None) if isinstance(objective, Vectorised) else None
+    if found is not None:
+        (loss, gradient, *g_scales), extras = (tensor[0] for tensor in found), objective.extras
+    else:
+        location = loc.detach().requires_grad_()
+        scales = tuple(scale.detach().requires_grad_() for scale in scales)
+        with torch.enable_grad():
+            loss, extras = objective(location, scales, others, None)
+            gradient, *g_scales = torch.autograd.grad(loss, (location, *scales), materialize_grads=True)
     weight = torch.ones_like(gradient) if extras.weight is None else extras.weight
     parts = []
     for block, scale, g_scale in zip(blocks, scales, g_scales, strict=True):
@@ -61,7 +66,18 @@ def reparameterized(
         hessian=torch.block_diag(*parts) if dense else torch.cat(parts),
         others=None,
         extras=extras,
+        evaluations=1,
     )
+
+
+def _first_order(loss: Callable[..., Tensor], _: bool) -> Callable[..., tuple[Tensor, ...]]:
+    """(L, ∇_m L, ∇_C L of every block) of one draw."""
+
+    def at_draw(loc: Tensor, scales: tuple[Tensor, ...]):
+        (gradient, g_scales), value = torch.func.grad_and_value(loss, argnums=(0, 1))(loc, scales)
+        return value, gradient, *g_scales
+
+    return at_draw
 
 
 def _dense_curvature(scale_tril: Tensor, g_scale_tril: Tensor, weight: Tensor) -> Tensor:

@@ -11,11 +11,14 @@ One step, given the estimate (g, H) at K antithetic pairs of draws and their los
    than one standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients.
 3. Accepted at once: ρ ← min(1, 1.7 ρ) for the next step.
 
+`_recycled.py` has a search of its own, in which proposals may need no evaluation; the rules of this file are its, too.
+
 On a quadratic the first proposal, ρ = 1, is the exact posterior and is accepted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +29,7 @@ from torch import Tensor
 from ..families import Precision
 from ..gradients import Estimate
 
-__all__ = ["RateState", "init", "search"]
+__all__ = ["RateState", "init", "next_rate", "not_worse", "residual_and_error", "search", "squared_norm"]
 
 CUT, GROW, MAX_PROPOSALS = 0.4, 1.7, 8
 NOISE_RATIO = 2.0
@@ -48,6 +51,11 @@ class RateState:
     rejected: int
     last_gradient: Any
 
+    def after(self, rate: float, noisy_steps: int, gradient: Any, accepted: bool) -> RateState:
+        """The next state."""
+        rejected = self.rejected + (not accepted)
+        return RateState(rate=rate, noisy_steps=noisy_steps, rejected=rejected, last_gradient=gradient)
+
 
 def init(loc: Tensor) -> RateState:
     return RateState(rate=1.0, noisy_steps=0, rejected=0, last_gradient=torch.zeros_like(loc))
@@ -55,7 +63,7 @@ def init(loc: Tensor) -> RateState:
 
 def search(
     state: RateState, losses: Tensor, noisy: bool, gradient: Any, propose: Callable[[float], tuple[Any, Tensor]]
-) -> tuple[RateState, Any, bool]:
+) -> tuple[RateState, Any, bool, int]:
     """The accepted proposal.
 
     Args:
@@ -65,26 +73,38 @@ def search(
         propose: rate -> (proposal, losses [S] of the proposal at the same draws).
 
     Returns:
-        the next rate state, the last proposal made, and whether it was accepted.
+        the next rate state, the last proposal made, whether it was accepted, and how many were made.
     """
     noisy_steps = state.noisy_steps + noisy
     rate = first_rate = min(state.rate, 2 / (noisy_steps + 2))
-    for tries in range(MAX_PROPOSALS):
+    accepted, tries = False, 0
+    while not accepted and tries < MAX_PROPOSALS:
         rate = rate if tries == 0 else CUT * rate
         proposal, proposed = propose(rate)
-        if not_worse(losses, proposed):
-            next_rate = min(1.0, GROW * rate) if tries == 0 else rate
-            return RateState(next_rate, noisy_steps, state.rejected, gradient), proposal, True
-    return RateState(CUT * first_rate, noisy_steps, state.rejected + 1, gradient), proposal, False
+        accepted, tries = not_worse(_by_pair(losses), _by_pair(proposed)), tries + 1
+    next_state = state.after(next_rate(rate, first_rate, accepted, tries), noisy_steps, gradient, accepted)
+    return next_state, proposal, accepted, tries
 
 
-def inside_noise(estimate: Estimate, precision: Precision) -> bool:
-    """r² < 2 V: whether the natural gradient is indistinguishable from its Monte Carlo error."""
+def next_rate(rate: float, first_rate: float, accepted: bool, tries: int) -> float:
+    """What the next step tries first: more after a first proposal that was accepted, less after none."""
+    if not accepted:
+        return CUT * first_rate
+    return min(1.0, GROW * rate) if tries == 1 else rate
+
+
+def squared_norm(gradient: Tensor, precision: Precision) -> Tensor:
+    """gᵀ S⁻¹ g: the squared length of the natural gradient in the Fisher norm."""
+    return gradient @ precision.solve(gradient)
+
+
+def residual_and_error(estimate: Estimate, precision: Precision) -> tuple[float, float]:
+    """(r², V): the squared natural gradient and its Monte Carlo variance, NaN of a single pair or draw."""
     num_pairs = len(estimate.pair_gradients)
     deviations = estimate.pair_gradients - estimate.gradient
-    spread = sum(vector @ precision.solve(vector) for vector in deviations)
-    residual = estimate.gradient @ precision.solve(estimate.gradient)
-    return bool(residual < NOISE_RATIO * spread / (num_pairs * (num_pairs - 1)))
+    spread = sum(squared_norm(deviation, precision) for deviation in deviations)
+    error = float(spread) / (num_pairs * (num_pairs - 1)) if num_pairs > 1 else math.nan
+    return float(squared_norm(estimate.gradient, precision)), error
 
 
 def opposed(estimate: Estimate, precision: Precision, last_gradient: Tensor) -> bool:
@@ -93,10 +113,17 @@ def opposed(estimate: Estimate, precision: Precision, last_gradient: Tensor) -> 
 
 
 def not_worse(before: Tensor, after: Tensor) -> bool:
-    """Mean paired difference at most its standard error, and at most rounding where there is none."""
-    num_pairs = len(before) // 2
-    change = after - before
-    change = (change[:num_pairs] + change[num_pairs:]) / 2
-    error = change.std(correction=0) / (num_pairs - 1) ** 0.5
+    """Whether the mean paired difference is at most its standard error, and rounding where there is none.
+
+    Args:
+        before, after: losses at antithetic pairs, [K, 2].
+    """
+    num_pairs = len(before)
+    change = (after - before).mean(1)
+    error = change.std(correction=0) / max(num_pairs - 1, 1) ** 0.5
     rounding = 64 * torch.finfo(before.dtype).eps * before.abs().mean()
     return bool(after.isfinite().all() & (change.mean() <= error + rounding))
+
+
+def _by_pair(losses: Tensor) -> Tensor:
+    return losses.reshape(2, -1).T

@@ -24,10 +24,12 @@ from pyro.infer import (
     TraceEnum_ELBO,
     TraceMeanField_ELBO,
 )
+from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..gradients import Draws, Extras, Objective
 from ._layout import (
@@ -36,6 +38,7 @@ from ._layout import (
     Site,
     axes_of,
     constrained,
+    gather,
     moments,
     rows_of,
     subsampled,
@@ -51,10 +54,17 @@ __all__ = [
     "check_loss",
     "check_params",
     "host_gradients",
+    "host_noise",
     "host_optimizer",
+    "joint_noise",
     "objective_of",
+    "recyclable",
     "report_skipped",
+    "noise_of",
+    "seen",
     "standard_normal",
+    "traceable_objective_of",
+    "unchanged",
 ]
 
 # A compiled loss cannot be given other draws, so the class that it compiles is evaluated in its place.
@@ -177,6 +187,59 @@ def objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout, seed: int)
     return objective
 
 
+def recyclable(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> bool:
+    """Whether the loss at a draw is −log p(D, z) + log q(z) of a fixed ℓ: one particle, all data, no analytic KL."""
+    elbo = check_loss(svi)
+    one_density = SUPPORTED_LOSSES[type(elbo)] in (Trace_ELBO, TraceEnum_ELBO) and elbo.num_particles == 1
+    drawn = all(block.structure in ("diagonal", "dense") for block in layout.blocks)
+    if not (one_density and drawn) or layout.members or layout.others:
+        return False
+    loc, scales = gather(layout)
+    location = loc.detach().requires_grad_()  # TraceEnum_ELBO refuses a loss that cannot be differentiated
+    with torch.enable_grad():
+        objective = objective_of(svi, args, kwargs, layout, seed=0)
+        extras = objective(location, scales, None, Draws(None, None, None, noise=torch.zeros_like(loc)))[1]
+    return extras.weight is None and not extras.minibatch
+
+
+def traceable_objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> Objective:
+    """`objective_of` without the host's looks at a value (a warning of NaN), for `make_fx`; the noise is given."""
+    elbo = check_loss(svi)
+    kind = SUPPORTED_LOSSES[type(elbo)]
+
+    def objective(loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draw: Draws):
+        with undisturbed(0, loc.device), ItemsAreTensors(), Redraw(layout, loc, scales, draw, seed=0):
+            pairs = kind._get_traces(elbo, svi.model, svi.guide, args, kwargs)
+            if kind is TraceEnum_ELBO:
+                losses = [-_compute_dice_elbo(*pair) for pair in pairs]
+            else:
+                losses = [kind._differentiable_loss_particle(elbo, *pair)[1] for pair in pairs]
+        return sum(losses) / elbo.num_particles, Extras(None)
+
+    return objective
+
+
+class ItemsAreTensors(TorchFunctionMode):
+    """`tensor.item()` stays in the graph: the host adds up numbers of which the traced loss needs none."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0].detach() if func is torch.Tensor.item else func(*args, **(kwargs or {}))
+
+
+def seen(svi: SVI) -> tuple[Any, ...]:
+    """What `SVI.step` would learn of its parameters: every one that the host knows, and whether it is trained."""
+    return svi, *((param, param.requires_grad) for _, param in pyro.get_param_store().named_parameters())
+
+
+def unchanged(before: tuple[Any, ...], svi: SVI) -> bool:
+    """Whether a step of `svi` would find the parameters that were `seen` before."""
+    now = seen(svi)
+    same = len(now) == len(before) and now[0] is before[0]
+    return same and all(
+        param is known and trained == then for (param, trained), (known, then) in zip(now[1:], before[1:], strict=True)
+    )
+
+
 def host_gradients(layout: Layout) -> Objective:
     """A function of (mean, scales) whose gradient is the one that the host's backward pass left in the parameters.
 
@@ -199,8 +262,8 @@ class Redraw(Messenger):
     """Gives each recognised site our Gaussian for its distribution, and loc ± C ε for its value.
 
     Noise k is drawn from a generator of its own, seeded by k, in the order in which the guide asks: particles, which
-    ask one after the other, keep draws of their own. A member gets the draw's value for it, by a distribution without
-    a density of its own.
+    ask one after the other, keep draws of their own. In place of k a draw may have what `noise_of` returns. A member
+    gets the draw's value for it, by a distribution without a density of its own.
     """
 
     def __init__(self, layout: Layout, loc: Tensor, scales: tuple[Tensor | None, ...], draw: Draws, seed: int) -> None:
@@ -215,7 +278,9 @@ class Redraw(Messenger):
         self.draw = draw
         given: Members = Members({}, {}) if draw.members is None else draw.members
         self.given, self.cell_weights, self.factors = given
-        self.generator = torch.Generator(loc.device).manual_seed(seed + 1 + int(draw.number))
+        self.noise = draw.number
+        if draw.noise is None and not callable(draw.number):
+            self.noise = noise_of(seed, draw.number, loc.device)
         self.indices: dict[str, Tensor] = {}
         self.weights: dict[str, Any] = {}
         self.coverage: dict[str, Tensor] = {}
@@ -279,11 +344,16 @@ class Redraw(Messenger):
         base, transforms = unwrap(msg["fn"])
         if site.block.structure == "point":
             return
-        noise = standard_normal(self.generator, self.draw.number, base.batch_shape + base.event_shape, base.loc)
-        value = base.loc + _affine(base, self.draw.sign * noise)
+        value = base.loc + _affine(base, self._noise(site, base))
         for transform in transforms:
             value = transform(value)
         msg["value"], msg["done"] = value, True
+
+    def _noise(self, site: Site, base: Any) -> Tensor:
+        shape = base.batch_shape + base.event_shape
+        if self.draw.noise is not None:
+            return self.draw.noise[site.block.start : site.block.stop].reshape(shape)
+        return self.draw.sign * self.noise(shape, base.loc, site.block)
 
     def weight(self, loc: Tensor) -> Tensor | None:
         """The weight of each coordinate's entropy in the loss, [D]; None where no plate or scale changes it."""
@@ -296,6 +366,22 @@ class Redraw(Messenger):
             for name, site in self.sites.items()
         ]
         return torch.cat(parts)
+
+
+def joint_noise(seed: int, num_draws: int, like: Tensor) -> Tensor:
+    """Standard normal noise for all coordinates, [S, D]."""
+    return torch.stack([noise_of(seed, number, like.device)(like.shape, like) for number in range(num_draws)])
+
+
+def noise_of(seed: int, number: Any, device: torch.device) -> Callable[..., Tensor]:
+    """(shape, like, block) -> the next array of noise number `number`, from a generator of its own."""
+    generator = torch.Generator(device).manual_seed(seed + 1 + int(number))
+    return lambda shape, like, _=None: standard_normal(generator, number, shape, like)
+
+
+def host_noise(shape: tuple[int, ...], like: Tensor, _: Any = None) -> Tensor:
+    """The array that the host's own Normal would draw next."""
+    return torch.randn(shape, dtype=like.dtype, device=like.device)
 
 
 def standard_normal(generator: torch.Generator, number: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:

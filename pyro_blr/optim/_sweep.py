@@ -344,7 +344,7 @@ def _drawn_step(
     variance = spread / (design.num_draws * (design.num_draws - 1))
     noisy = bool(squared_norm(direction) < _rate.NOISE_RATIO * variance)
     before = _by_draw(design, losses) - entropy(natural)
-    state, proposed, accepted = _rate.search(state, before, noisy, direction, propose)
+    state, proposed, accepted, _ = _rate.search(state, before, noisy, direction, propose)
     return state, proposed if accepted else natural
 
 

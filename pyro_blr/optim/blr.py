@@ -1,19 +1,15 @@
-"""The Bayesian learning rule for Gaussian guides.
+"""The Bayesian learning rule as an optimizer for Pyro's SVI: which rule moves which parameter.
 
-With q(z) = N(z | m, S⁻¹), ℓ(z) = −log p(D, z) and temperature τ:
+The rules themselves are `_gaussian.py` (Gaussian sites, at a rate that is given or that the draws choose),
+`_recycled.py` (the same with the draws of earlier steps) and `_sweep.py` (sites of other families); `_layout.py` says
+which parameters are which site's.
 
-    S ← (1 − ρ) S + ρ E_q[∇²ℓ] / τ          precision.blend
-    m ← m − ρ S_new⁻¹ E_q[∇ℓ] / τ           precision.solve
-
-which is λ ← (1 − ρ) λ − (ρ/τ) ∇_μ E_q[ℓ] in the natural parameters λ = (S m, −S/2) (`families/_family.py` has the two
-lines between). The *new* S in the second line makes ρ = 1 Bayes' rule wherever ℓ is quadratic.
-
-Source: Khan & Rue 2023, "The Bayesian Learning Rule", equations 9 to 12; Khan 2025, arXiv 2509.15641.
-Paper's symbols: ρ = `learning_rate`, m = `loc`, S = `precision`, τ = `temperature`.
+Source: Khan & Rue 2023, "The Bayesian Learning Rule"; Khan 2025, arXiv 2509.15641.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,155 +27,18 @@ from ..families import (
     NormalNatural,
     Precision,
 )
-from ..gradients import Draws, Estimate, Extras, Objective, each_draw, hessian, hutchinson, reparameterized
-from . import _options, _rate, _svi, _sweep
+from ..gradients import Draws, Estimate, Extras, Objective, each_draw, hessian, hutchinson, recycled, reparameterized
+from . import _options, _rate, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
+from ._gaussian import State, all_finite, field_of, init, scales_of, step, tempered
 from ._layout import Layout, gather, gather_members, joined, recognise, scatter, scatter_members
+from ._traced import Traced, Tracer
 
-__all__ = ["BLR", "OptState", "State", "init", "step"]
+__all__ = ["BLR", "OptState", "State", "init", "scales_of", "step", "tempered"]
 
 MAX_DENSE_DIMENSION = 256
 UNLEARNED_SCALE = 0.1
 GAUSSIANS = (NormalNatural, MultivariateNormalNatural)
-
-
-@dataclass(frozen=True)
-class State:
-    """The Gaussian and what the rule carries with it.
-
-    Attributes:
-        loc: m, [D].
-        precision: S.
-        rate: of the automatic mode (`_rate.RateState`).
-        radius: in (0, 1], by which the draws are drawn towards m after a loss that was not finite there.
-        skipped: steps so far that left everything else as it was, because the loss or a gradient was not finite.
-    """
-
-    loc: Tensor
-    precision: Precision
-    rate: _rate.RateState
-    radius: float
-    skipped: int
-
-
-def init(loc: Tensor, precision: Precision) -> State:
-    """The state at N(loc, precision⁻¹)."""
-    return State(loc=loc, precision=precision, rate=_rate.init(loc), radius=1.0, skipped=0)
-
-
-def step(
-    state: State,
-    objective: Objective,
-    blocks: tuple[Block, ...],
-    others: Any,
-    draws: Draws | None,
-    estimator: Callable[..., Estimate],
-    learning_rate: float | None = None,
-) -> tuple[State, Estimate, bool]:
-    """One step of the rule.
-
-    Args:
-        objective: L(m, C; ε), see `gradients/_estimate.py`.
-        others: parameters of the objective that are no part of the Gaussian; passed through.
-        learning_rate: ρ; None lets the draws choose it (`_rate.py`).
-
-    Returns:
-        the next state, the estimate, and whether the Gaussian moved. Where the loss, a gradient or the proposed state
-        is not finite, nothing moves, the step is counted in `skipped`, and the next draws are taken closer to m.
-    """
-    scales = scales_of(state.precision, blocks, state.radius)
-    estimate = completed(estimator(objective, state.loc, scales, others, draws), state.precision)
-    unusable = replace(state, radius=state.radius / 2, skipped=state.skipped + 1)
-    if not all_finite(estimate.losses, estimate.gradient, estimate.hessian):
-        return unusable, estimate, False
-
-    assert estimate.extras.weight is not None  # `completed` fills it in
-    covered = estimate.extras.weight > 0
-
-    def propose(rate: float) -> tuple[Tensor, Precision]:
-        precision = state.precision.blend(estimate.hessian, rate)
-        direction = torch.where(covered, precision.solve(estimate.gradient), 0.0)
-        return state.loc - rate * direction, precision
-
-    def propose_and_evaluate(rate: float) -> tuple[tuple[Tensor, Precision], Tensor]:
-        loc, precision = propose(rate)
-        proposed_scales = scales_of(precision, blocks, state.radius)
-        return (loc, precision), losses_at(objective, loc, proposed_scales, others, draws)
-
-    if learning_rate is None:
-        noisy = _rate.inside_noise(estimate, state.precision) or (
-            estimate.extras.minibatch and _rate.opposed(estimate, state.precision, state.rate.last_gradient)
-        )
-        rate, (loc, precision), moved = _rate.search(
-            state.rate, estimate.losses, noisy, estimate.gradient, propose_and_evaluate
-        )
-    else:
-        rate, (loc, precision) = state.rate, propose(learning_rate)
-        moved = all_finite(loc, field_of(precision), *scales_of(precision, blocks, state.radius))
-        if not moved:
-            return unusable, estimate, False
-
-    radius = min(1.0, 2 * state.radius)
-    accepted = replace(state, loc=loc, precision=precision, rate=rate, radius=radius)
-    rejected = replace(state, rate=rate)
-    return (accepted if moved else rejected), estimate, moved
-
-
-def scales_of(precision: Precision, blocks: tuple[Block, ...], radius: float) -> tuple[Tensor | None, ...]:
-    """C_b of every block that has one of its own."""
-    return tuple(
-        radius * precision.scale(block) if block.structure in ("diagonal", "dense") else None for block in blocks
-    )
-
-
-def losses_at(objective: Objective, loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draws: Any) -> Tensor:
-    """L at every draw, [S]; NaN where the proposal itself is not finite."""
-    if not all_finite(loc, *scales):
-        return torch.full((len(draws.number),), torch.nan, dtype=loc.dtype, device=loc.device)
-    location = loc.detach().requires_grad_()  # TraceEnum_ELBO refuses a loss that cannot be differentiated
-    with torch.enable_grad():
-        return torch.stack([objective(location, scales, others, draw)[0].detach() for draw in each_draw(draws)])
-
-
-def completed(estimate: Estimate, precision: Precision) -> Estimate:
-    """The estimate with what it says nothing about left as it is.
-
-    A coordinate whose entropy enters the loss w times is solved for ℓ/w: the row of a subsampled plate sees its own
-    term once and not N/M times. A row outside the batch, and a coordinate that the loss does not depend on, stay.
-    """
-    diagonal = estimate.hessian.diagonal() if estimate.hessian.ndim == 2 else estimate.hessian
-    weight = torch.ones_like(estimate.gradient) if estimate.extras.weight is None else estimate.extras.weight
-    weight = torch.where((estimate.gradient == 0) & (diagonal == 0), 0.0, weight)
-    gradient_weight = torch.where(weight > 0, weight, 1.0)
-    return estimate._replace(
-        gradient=estimate.gradient / gradient_weight,
-        pair_gradients=estimate.pair_gradients / gradient_weight,
-        hessian=precision.complete(estimate.hessian, weight),
-        extras=estimate.extras._replace(weight=weight),
-    )
-
-
-def tempered(objective: Objective, blocks: tuple[Block, ...], temperature: float) -> Objective:
-    """L/τ with the entropy kept whole: E_q[ℓ]/τ − H(q), whose fixed point is that of E_q[ℓ] − τ H(q)."""
-    if temperature == 1:
-        return objective
-
-    def tempered_objective(loc, scales, others, draw):
-        loss, extras = objective(loc, scales, others, draw)
-        if extras.weight is not None:
-            raise ValueError("temperature != 1 needs a guide without subsampled or scaled latent sites.")
-        log_determinant = sum(
-            (scale.diagonal(dim1=-2, dim2=-1) if block.structure == "dense" else scale).log().sum()
-            for block, scale in zip(blocks, scales, strict=True)
-            if scale is not None
-        )
-        return loss / temperature + (1 / temperature - 1) * log_determinant, extras
-
-    return tempered_objective
-
-
-def all_finite(*tensors: Tensor | None) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True)
@@ -192,6 +51,8 @@ class OptState:
         members: the state of the rule for the layout's members.
         layout: which parameter is which coordinate of the Gaussian, or of a member.
         roles: how each member takes part, in the order of a sweep.
+        seed: of all draws, from the host's random state at the first step: how much of that the host's own evaluation
+            of the loss takes from step to step makes no difference to them.
     """
 
     count: int
@@ -199,11 +60,22 @@ class OptState:
     members: _sweep.Sweep
     layout: Layout
     roles: tuple[_sweep.Role, ...]
+    seed: int
+
+    @property
+    def step_seed(self) -> int:
+        """Of the draws of the next step."""
+        return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(self.seed + self.count)))
 
     @property
     def skipped(self) -> int:
         """Steps so far in which something was not finite and left the Gaussian, or a member, as it was."""
         return self.members.skipped if self.gaussian is None else max(self.members.skipped, self.gaussian.skipped)
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Gradients so far for the Gaussian; a Hessian counts as D, a Hessian-vector product as 2, a loss as 1."""
+        return 0 if self.gaussian is None else self.gaussian.evaluations
 
 
 class BLR(pyro.optim.PyroOptim):
@@ -255,6 +127,9 @@ class BLR(pyro.optim.PyroOptim):
         self.temperature = _options.checked_temperature(temperature)
         self.others = _svi.host_optimizer(others)
         self.state: OptState | None = None
+        self.compile: bool | str = False  # True, "auto" or "inductor": steps on the loss traced once (`_traced.py`)
+        self._tracer = Tracer()
+        self._seen: tuple[Any, ...] = ()
         self._loaded: dict[str, Any] = {}
 
     def init(self, svi: SVI, args: tuple, kwargs: dict, params: list[Tensor]) -> OptState:
@@ -270,14 +145,15 @@ class BLR(pyro.optim.PyroOptim):
         layout, roles = self._roles(svi, args, kwargs, layout) if layout.members else (layout, ())
         state = OptState(
             count=0,
-            gaussian=self._gaussian(layout) if layout.sites else None,
+            gaussian=self._gaussian(svi, args, kwargs, layout) if layout.sites else None,
             members=_sweep.init(gather_members(layout)),
             layout=layout,
             roles=roles,
+            seed=self._loaded["seed"] if self._loaded else int(torch.randint(2**62, ())),
         )
         return self._resumed(state) if self._loaded else state
 
-    def _gaussian(self, layout: Layout) -> State:
+    def _gaussian(self, svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> State:
         full_rank = any(block.structure == "dense" for block in layout.blocks)
         if full_rank and self.estimator == "hutchinson":
             raise ValueError(
@@ -288,7 +164,11 @@ class BLR(pyro.optim.PyroOptim):
         small = self.estimator == "hessian" or (self.estimator == "auto" and dimension <= MAX_DENSE_DIMENSION)
         family = DensePrecision if full_rank or small else DiagonalPrecision
         loc, scales = gather(layout)
-        return init(loc, family.from_scales(layout.blocks, scales, UNLEARNED_SCALE, like=loc))
+        precision = family.from_scales(layout.blocks, scales, UNLEARNED_SCALE, like=loc)
+        recycles = (
+            family is DensePrecision and self.learning_rate is None and _svi.recyclable(svi, args, kwargs, layout)
+        )
+        return init(loc, precision, _recycled.init(loc, scales) if recycles else None)
 
     def _roles(self, svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> tuple[Layout, tuple[_sweep.Role, ...]]:
         """How each member takes part; Normal members that no conjugacy holds for join the Gaussian of the sites."""
@@ -342,29 +222,61 @@ class BLR(pyro.optim.PyroOptim):
             # a parameter of the model that appears later does not start the sites anew
             keep = state is not None and state.layout.same_sites(fresh.layout)
             state = replace(state, layout=fresh.layout, roles=fresh.roles) if state is not None and keep else fresh
-        layout, gaussian, members, naturals = state.layout, state.gaussian, state.members, None
-        if self.estimator == "gradient":
-            objective, draws = _svi.host_gradients(layout), None
-        else:
-            seed = int(torch.randint(2**62, ()))
-            objective = _svi.objective_of(svi, model_args, model_kwargs, layout, seed)
-            draws = self._draws(state, seed)
+        stock = _svi.host_gradients(state.layout) if self.estimator == "gradient" else None
+        self._step(svi, model_args, model_kwargs, state, stock)
+        self._seen = _svi.seen(svi)
 
+    @property
+    def traced_reason(self) -> str | None:
+        """Why the last step was not traced though `compile` asks for it; None where it was."""
+        return self._tracer.reason
+
+    def advance(self, svi: SVI, *args: Any, **kwargs: Any) -> float:
+        """What `svi.step(*args, **kwargs)` does to the parameters, without the host's own evaluation of the loss.
+
+        Where something does need its gradients, or the parameters are not those of the last step, it is `svi.step`.
+
+        Returns:
+            the loss that the step is taken on, averaged over its draws, or what `svi.step` returns.
+        """
+        state = self.state
+        if state is None or state.layout.others or not _svi.unchanged(self._seen, svi):
+            return svi.step(*args, **kwargs)
+        if self.estimator != "gradient":
+            return self._step(svi, args, kwargs, state)
+        objective = self._objective(svi, args, kwargs, state, state.step_seed, None) if self.compile else None
+        if not isinstance(objective, Traced):
+            return svi.step(*args, **kwargs)
+        return self._step(svi, args, kwargs, state, objective)
+
+    def _step(self, svi: SVI, args: tuple, kwargs: dict, state: OptState, objective: Objective | None = None) -> float:
+        """One step of every part, at the host's own draw where an objective for it is given; the loss."""
+        layout, gaussian, members, naturals = state.layout, state.gaussian, state.members, None
+        draws, loss, seed = None, torch.tensor(torch.nan), state.step_seed
+        if objective is None:
+            draws = self._draws(state, seed)
+            objective = self._objective(svi, args, kwargs, state, seed, draws)
         if layout.members:
             assert draws is not None  # `init` refuses the other estimator
-            members, naturals, draws = self._sweep(objective, state, draws, seed)
-        if gaussian is not None:
-            gaussian, _, moved = step(
+            plain = _svi.objective_of(svi, args, kwargs, layout, seed)
+            members, naturals, draws, loss = self._sweep(plain, state, draws, seed)
+        if gaussian is not None and gaussian.recycling is not None:
+            noise = _svi.joint_noise(seed, self.num_draws // 2, gaussian.loc)
+            gaussian, average, moved = _recycled.step(gaussian, objective, layout.blocks, noise, self.temperature)
+            loss = self.temperature * average
+        elif gaussian is not None:
+            gaussian, estimate, moved = step(
                 gaussian,
-                tempered(objective, layout.blocks, self.temperature),
+                objective,
                 layout.blocks,
                 None,
                 draws,
                 self._estimator(gaussian.precision, layout.blocks),
                 self._rate(state.count),
             )
-            if moved:
-                scatter(layout, gaussian.loc, scales_of(gaussian.precision, layout.blocks, 1.0))
+            loss = loss if layout.members else self.temperature * estimate.loss
+        if gaussian is not None and moved:
+            scatter(layout, gaussian.loc, scales_of(gaussian.precision, layout.blocks, 1.0))
         if naturals is not None:
             scatter_members(layout, naturals)
 
@@ -375,11 +287,33 @@ class BLR(pyro.optim.PyroOptim):
             self.others(others)
         if self.state.skipped != state.skipped:
             _svi.report_skipped(self.state.count, self.state.skipped)
+        return float(loss)
+
+    def _objective(
+        self, svi: SVI, args: tuple, kwargs: dict, state: OptState, seed: int, draws: Draws | None
+    ) -> Objective:
+        """The loss that the Gaussian is moved on; `Traced` where `compile` asks for it and it can be."""
+        layout, gaussian = state.layout, state.gaussian
+
+        def temper(objective: Objective) -> Objective:
+            return tempered(objective, layout.blocks, self.temperature)
+
+        untraced = temper(_svi.objective_of(svi, args, kwargs, layout, seed))
+        if not self.compile:
+            return untraced
+        scales = () if gaussian is None else scales_of(gaussian.precision, layout.blocks, gaussian.radius)
+
+        def estimate(objective: Objective, loc: Tensor) -> Estimate:
+            assert gaussian is not None  # where it is, nothing is traced
+            return self._estimator(gaussian.precision, layout.blocks)(objective, loc, scales, None, draws)
+
+        start = None if gaussian is None else (gaussian.loc, scales)
+        return self._tracer.objective(self.compile, svi, args, kwargs, layout, untraced, temper, estimate, start, seed)
 
     def _sweep(
         self, objective: Objective, state: OptState, draws: Draws, seed: int
-    ) -> tuple[_sweep.Sweep, dict[str, Any], Draws]:
-        """One update of every member, and the draws with which the Gaussian is to be updated given them."""
+    ) -> tuple[_sweep.Sweep, dict[str, Any], Draws, Tensor]:
+        """One update of every member, the draws with which the Gaussian is to be updated given them, and the loss."""
         layout, gaussian = state.layout, state.gaussian
         naturals = gather_members(layout)
         design = _sweep.design_of(state.roles, naturals, len(draws.number))
@@ -397,7 +331,7 @@ class BLR(pyro.optim.PyroOptim):
             losses, extras = zip(*(objective(loc, scales, others, draw) for draw in each), strict=True)
             return torch.stack(losses), extras[0]
 
-        members, naturals, _, _, _ = _sweep.sweep(
+        members, naturals, loss, _, _ = _sweep.sweep(
             state.members,
             naturals,
             evaluate,
@@ -412,7 +346,7 @@ class BLR(pyro.optim.PyroOptim):
             probes=None if draws.probes is None else draws.probes[design.draw],
             members=_sweep.place(naturals, state.roles, design, seed).each(len(design.draw)),
         )
-        return members, naturals, draws
+        return members, naturals, draws, loss
 
     def get_state(self) -> dict[str, Any]:
         """Everything needed to continue: tensors and numbers by name, for `torch.save`."""
@@ -421,11 +355,14 @@ class BLR(pyro.optim.PyroOptim):
         gaussian, members = self.state.gaussian, self.state.members
         return {
             "count": self.state.count,
+            "seed": self.state.seed,
             "loc": None if gaussian is None else gaussian.loc,
             "precision": None if gaussian is None else field_of(gaussian.precision),
             "rate": None if gaussian is None else vars(gaussian.rate).copy(),
             "radius": None if gaussian is None else gaussian.radius,
             "skipped": 0 if gaussian is None else gaussian.skipped,
+            "evaluations": 0 if gaussian is None else gaussian.evaluations,
+            "recycling": recycling_state(gaussian),
             "members": {
                 "rates": {
                     name: {**vars(rate), "last_gradient": vars(rate.last_gradient).copy()}
@@ -439,7 +376,8 @@ class BLR(pyro.optim.PyroOptim):
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Continue from `get_state()`; taken up at the next step, when the guide's parameters are there."""
-        expected = {"count", "loc", "precision", "rate", "radius", "skipped", "members", "sites", "others"}
+        expected = {"count", "seed", "loc", "precision", "rate", "radius", "skipped", "evaluations", "recycling"}
+        expected |= {"members", "sites", "others"}
         if state_dict and set(state_dict) != expected:
             raise ValueError(
                 f"BLR cannot continue from a state with the entries {sorted(map(str, state_dict))}: it expected "
@@ -468,6 +406,10 @@ class BLR(pyro.optim.PyroOptim):
                 rate=_rate.RateState(**loaded["rate"]),
                 radius=loaded["radius"],
                 skipped=loaded["skipped"],
+                evaluations=loaded["evaluations"],
+                residual=math.nan,
+                error=math.nan,
+                recycling=resumed_recycling(gaussian.recycling, loaded["recycling"]),
             )
         rates = {}
         for name, rate in loaded["members"]["rates"].items():
@@ -513,5 +455,16 @@ def described(layout: Layout) -> list[tuple[str, str, tuple[int, ...]]]:
     ]
 
 
-def field_of(precision: Any) -> Tensor:
-    return precision.matrix if isinstance(precision, DensePrecision) else precision.diagonal
+def recycling_state(gaussian: State | None) -> dict[str, Any] | None:
+    """The draws that are kept, as tensors and numbers by name."""
+    if gaussian is None or gaussian.recycling is None:
+        return None
+    return {**vars(gaussian.recycling.pool), "num_pairs": gaussian.recycling.num_pairs}
+
+
+def resumed_recycling(fresh: _recycled.Recycling | None, loaded: dict[str, Any] | None) -> _recycled.Recycling | None:
+    """What `recycling_state` described; a fit that keeps draws now and did not then starts without any."""
+    if fresh is None or loaded is None:
+        return fresh
+    fields = dict(loaded)
+    return _recycled.Recycling(num_pairs=fields.pop("num_pairs"), pool=recycled.Pool(**fields))

@@ -103,7 +103,9 @@ def test_in_one_dimension_a_probe_is_the_hessian(backend, monkeypatch):
     """u (H u) = H: on the same draws, Hutchinson's estimator takes the steps of the dense one."""
     backend.same_noise(monkeypatch, common_noise)
     ends = [
-        backend.start(spread_model, cases.MEAN_FIELD.make, (OBSERVED,), estimator=estimator).run(8).gaussians()
+        backend.start(spread_model, cases.MEAN_FIELD.make, (OBSERVED,), learning_rate=0.5, estimator=estimator)
+        .run(8)
+        .gaussians()
         for estimator in ("hessian", "hutchinson")
     ]
     ((loc, variance),), ((other_loc, other_variance),) = (end.values() for end in ends)

@@ -1,0 +1,185 @@
+"""The Bayesian learning rule for Gaussian guides.
+
+With q(z) = N(z | m, S⁻¹), ℓ(z) = −log p(D, z) and temperature τ:
+
+    S ← (1 − ρ) S + ρ E_q[∇²ℓ] / τ          precision.blend
+    m ← m − ρ S_new⁻¹ E_q[∇ℓ] / τ           precision.solve
+
+which is λ ← (1 − ρ) λ − (ρ/τ) ∇_μ E_q[ℓ] in the natural parameters λ = (S m, −S/2) (`families/_family.py` has the two
+lines between). The *new* S in the second line makes ρ = 1 Bayes' rule wherever ℓ is quadratic.
+
+Source: Khan & Rue 2023, "The Bayesian Learning Rule", equations 9 to 12; Khan 2025, arXiv 2509.15641.
+Paper's symbols: ρ = `learning_rate`, m = `loc`, S = `precision`, τ = `temperature`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..families import Block, Precision
+from ..gradients import Draws, Estimate, Objective
+from . import _rate
+
+__all__ = ["State", "all_finite", "completed", "init", "scales_of", "select", "step", "tempered"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """The Gaussian and what the rule carries with it.
+
+    Attributes:
+        loc: m, [D].
+        precision: S.
+        rate: of the automatic mode (`_rate.RateState`).
+        radius: in (0, 1], by which the draws are drawn towards m after a loss that was not finite there.
+        skipped: steps so far that left everything else as it was, because the loss or a gradient was not finite.
+        evaluations: gradients of ℓ so far; a Hessian counts as D, a Hessian-vector product as 2, a loss as 1.
+        residual: r² = gᵀ S⁻¹ g where the last step began, the squared length of the natural gradient of m in the Fisher
+            norm; `error` is V, its Monte Carlo variance. NaN before the first step, and of a single draw.
+        recycling: the draws that are kept for later steps (`_recycled.Recycling`); None where they are not.
+    """
+
+    loc: Array
+    precision: Precision
+    rate: _rate.RateState
+    radius: Array
+    skipped: Array
+    evaluations: Array
+    residual: Array
+    error: Array
+    recycling: Any = None
+
+
+def init(loc: Array, precision: Precision, recycling: Any = None) -> State:
+    """The state at N(loc, precision⁻¹)."""
+    return State(
+        loc=loc,
+        precision=precision,
+        rate=_rate.init(loc),
+        radius=jnp.ones((), loc.dtype),
+        skipped=jnp.zeros((), jnp.int32),
+        evaluations=jnp.zeros((), loc.dtype),
+        residual=jnp.full((), jnp.nan, loc.dtype),
+        error=jnp.full((), jnp.nan, loc.dtype),
+        recycling=recycling,
+    )
+
+
+def step(
+    state: State,
+    objective: Objective,
+    blocks: tuple[Block, ...],
+    others: Any,
+    draws: Draws | None,
+    estimator: Callable[..., Estimate],
+    learning_rate: Array | None = None,
+) -> tuple[State, Estimate, Array]:
+    """One step of the rule.
+
+    Args:
+        objective: L(m, C; ε), see `gradients/_estimate.py`.
+        others: parameters of the objective that are no part of the Gaussian; differentiated, not moved.
+        learning_rate: ρ; None lets the draws choose it (`_rate.py`).
+
+    Returns:
+        the next state, the estimate, and whether the Gaussian moved. Where the loss, a gradient or the proposed state
+        is not finite, nothing moves, the step is counted in `skipped`, and the next draws are taken closer to m.
+    """
+    scales = scales_of(state.precision, blocks, state.radius)
+    estimate = completed(estimator(objective, state.loc, scales, others, draws), state.precision)
+    usable = all_finite(estimate.losses, estimate.gradient, estimate.hessian, estimate.others)
+
+    assert estimate.extras.weight is not None  # `completed` fills it in
+    covered = estimate.extras.weight > 0
+
+    def propose(rate: Array) -> tuple[Array, Precision]:
+        precision = state.precision.blend(estimate.hessian, rate)
+        direction = jnp.where(covered, precision.solve(estimate.gradient), 0)
+        return state.loc - rate * direction, precision
+
+    def propose_and_evaluate(rate: Array) -> tuple[tuple[Array, Precision], Array]:
+        loc, precision = propose(rate)
+        proposed_scales = scales_of(precision, blocks, state.radius)
+        return (loc, precision), jax.vmap(lambda draw: objective(loc, proposed_scales, others, draw)[0])(draws)
+
+    residual, error = _rate.residual_and_error(estimate, state.precision)
+    if learning_rate is None:
+        noisy = (residual < _rate.NOISE_RATIO * error) | (
+            jnp.asarray(estimate.extras.minibatch) & _rate.opposed(estimate, state.precision, state.rate.last_gradient)
+        )
+        rate, (loc, precision), moved, proposals = _rate.search(
+            state.rate, estimate.losses, noisy, estimate.gradient, propose_and_evaluate
+        )
+    else:
+        rate, (loc, precision), proposals = state.rate, propose(learning_rate), jnp.zeros((), jnp.int32)
+        usable &= all_finite(loc, precision, scales_of(precision, blocks, state.radius))
+        moved = usable
+
+    evaluations = (estimate.evaluations + len(estimate.losses) * proposals).astype(loc.dtype)
+    state = replace(state, evaluations=state.evaluations + evaluations, residual=residual, error=error)
+    radius = jnp.minimum(1, 2 * state.radius)
+    accepted = replace(state, loc=loc, precision=precision, rate=rate, radius=radius)
+    rejected = replace(state, rate=rate)
+    unusable = replace(state, radius=state.radius / 2, skipped=state.skipped + 1)
+    moved &= usable
+    return select(moved, accepted, select(usable, rejected, unusable)), estimate, moved
+
+
+def scales_of(precision: Precision, blocks: tuple[Block, ...], radius: Array) -> tuple[Array | None, ...]:
+    """C_b of every block that has one of its own."""
+    return tuple(
+        radius * precision.scale(block) if block.structure in ("diagonal", "dense") else None for block in blocks
+    )
+
+
+def completed(estimate: Estimate, precision: Precision) -> Estimate:
+    """The estimate with what it says nothing about left as it is.
+
+    A coordinate whose entropy enters the loss w times is solved for ℓ/w: the row of a subsampled plate sees its own
+    term once and not N/M times. A row outside the batch, and a coordinate that the loss does not depend on, stay.
+    """
+    diagonal = jnp.diagonal(estimate.hessian) if estimate.hessian.ndim == 2 else estimate.hessian
+    weight = jnp.ones_like(estimate.gradient) if estimate.extras.weight is None else estimate.extras.weight
+    weight = jnp.where((estimate.gradient == 0) & (diagonal == 0), 0, weight)
+    gradient_weight = jnp.where(weight > 0, weight, 1)
+    return estimate._replace(
+        gradient=estimate.gradient / gradient_weight,
+        pair_gradients=estimate.pair_gradients / gradient_weight,
+        hessian=precision.complete(estimate.hessian, weight),
+        extras=estimate.extras._replace(weight=weight),
+    )
+
+
+def tempered(objective: Objective, blocks: tuple[Block, ...], temperature: float) -> Objective:
+    """L/τ with the entropy kept whole: E_q[ℓ]/τ − H(q), whose fixed point is that of E_q[ℓ] − τ H(q)."""
+    if temperature == 1:
+        return objective
+
+    def tempered_objective(loc, scales, others, draw):
+        loss, extras = objective(loc, scales, others, draw)
+        if extras.weight is not None:
+            raise ValueError("temperature != 1 needs a guide without subsampled or scaled latent sites.")
+        log_determinant = sum(
+            jnp.log(jnp.diagonal(scale, axis1=-2, axis2=-1) if block.structure == "dense" else scale).sum()
+            for block, scale in zip(blocks, scales, strict=True)
+            if scale is not None
+        )
+        return loss / temperature + (1 / temperature - 1) * log_determinant, extras
+
+    return tempered_objective
+
+
+def all_finite(*trees: Any) -> Array:
+    leaves = jax.tree.leaves(trees)
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def select(condition: Array, chosen: Any, otherwise: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, otherwise)

@@ -1,0 +1,192 @@
+"""The Bayesian learning rule for Gaussian guides.
+
+With q(z) = N(z | m, S⁻¹), ℓ(z) = −log p(D, z) and temperature τ:
+
+    S ← (1 − ρ) S + ρ E_q[∇²ℓ] / τ          precision.blend
+    m ← m − ρ S_new⁻¹ E_q[∇ℓ] / τ           precision.solve
+
+which is λ ← (1 − ρ) λ − (ρ/τ) ∇_μ E_q[ℓ] in the natural parameters λ = (S m, −S/2) (`families/_family.py` has the two
+lines between). The *new* S in the second line makes ρ = 1 Bayes' rule wherever ℓ is quadratic.
+
+Source: Khan & Rue 2023, "The Bayesian Learning Rule", equations 9 to 12; Khan 2025, arXiv 2509.15641.
+Paper's symbols: ρ = `learning_rate`, m = `loc`, S = `precision`, τ = `temperature`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..families import Block, DensePrecision, Precision
+from ..gradients import Draws, Estimate, Objective, losses_of
+from . import _rate
+
+__all__ = ["State", "all_finite", "completed", "field_of", "init", "losses_at", "scales_of", "step", "tempered"]
+
+
+@dataclass(frozen=True)
+class State:
+    """The Gaussian and what the rule carries with it.
+
+    Attributes:
+        loc: m, [D].
+        precision: S.
+        rate: of the automatic mode (`_rate.RateState`).
+        radius: in (0, 1], by which the draws are drawn towards m after a loss that was not finite there.
+        skipped: steps so far that left everything else as it was, because the loss or a gradient was not finite.
+        evaluations: gradients of ℓ so far; a Hessian counts as D, a Hessian-vector product as 2, a loss as 1.
+        residual: r² = gᵀ S⁻¹ g where the last step began, the squared length of the natural gradient of m in the Fisher
+            norm; `error` is V, its Monte Carlo variance. NaN before the first step, and of a single draw.
+        recycling: the draws that are kept for later steps (`_recycled.Recycling`); None where they are not.
+    """
+
+    loc: Tensor
+    precision: Precision
+    rate: _rate.RateState
+    radius: float
+    skipped: int
+    evaluations: int
+    residual: float
+    error: float
+    recycling: Any = None
+
+
+def init(loc: Tensor, precision: Precision, recycling: Any = None) -> State:
+    """The state at N(loc, precision⁻¹)."""
+    return State(
+        loc=loc,
+        precision=precision,
+        rate=_rate.init(loc),
+        radius=1.0,
+        skipped=0,
+        evaluations=0,
+        residual=math.nan,
+        error=math.nan,
+        recycling=recycling,
+    )
+
+
+def step(
+    state: State,
+    objective: Objective,
+    blocks: tuple[Block, ...],
+    others: Any,
+    draws: Draws | None,
+    estimator: Callable[..., Estimate],
+    learning_rate: float | None = None,
+) -> tuple[State, Estimate, bool]:
+    """One step of the rule.
+
+    Args:
+        objective: L(m, C; ε), see `gradients/_estimate.py`.
+        others: parameters of the objective that are no part of the Gaussian; passed through.
+        learning_rate: ρ; None lets the draws choose it (`_rate.py`).
+
+    Returns:
+        the next state, the estimate, and whether the Gaussian moved. Where the loss, a gradient or the proposed state
+        is not finite, nothing moves, the step is counted in `skipped`, and the next draws are taken closer to m.
+    """
+    scales = scales_of(state.precision, blocks, state.radius)
+    estimate = completed(estimator(objective, state.loc, scales, others, draws), state.precision)
+    unusable = replace(state, radius=state.radius / 2, skipped=state.skipped + 1)
+    if not all_finite(estimate.losses, estimate.gradient, estimate.hessian):
+        return unusable, estimate, False
+
+    assert estimate.extras.weight is not None  # `completed` fills it in
+    covered = estimate.extras.weight > 0
+
+    def propose(rate: float) -> tuple[Tensor, Precision]:
+        precision = state.precision.blend(estimate.hessian, rate)
+        direction = torch.where(covered, precision.solve(estimate.gradient), 0.0)
+        return state.loc - rate * direction, precision
+
+    def propose_and_evaluate(rate: float) -> tuple[tuple[Tensor, Precision], Tensor]:
+        loc, precision = propose(rate)
+        proposed_scales = scales_of(precision, blocks, state.radius)
+        return (loc, precision), losses_at(objective, loc, proposed_scales, others, draws)
+
+    residual, error = _rate.residual_and_error(estimate, state.precision)
+    if learning_rate is None:
+        noisy = residual < _rate.NOISE_RATIO * error or (
+            estimate.extras.minibatch and _rate.opposed(estimate, state.precision, state.rate.last_gradient)
+        )
+        rate, (loc, precision), moved, proposals = _rate.search(
+            state.rate, estimate.losses, noisy, estimate.gradient, propose_and_evaluate
+        )
+    else:
+        rate, (loc, precision), proposals = state.rate, propose(learning_rate), 0
+        moved = all_finite(loc, field_of(precision), *scales_of(precision, blocks, state.radius))
+        if not moved:
+            return unusable, estimate, False
+
+    evaluations = state.evaluations + estimate.evaluations + len(estimate.losses) * proposals
+    state = replace(state, evaluations=evaluations, residual=residual, error=error)
+    radius = min(1.0, 2 * state.radius)
+    accepted = replace(state, loc=loc, precision=precision, rate=rate, radius=radius)
+    rejected = replace(state, rate=rate)
+    return (accepted if moved else rejected), estimate, moved
+
+
+def scales_of(precision: Precision, blocks: tuple[Block, ...], radius: float) -> tuple[Tensor | None, ...]:
+    """C_b of every block that has one of its own."""
+    return tuple(
+        radius * precision.scale(block) if block.structure in ("diagonal", "dense") else None for block in blocks
+    )
+
+
+def losses_at(objective: Objective, loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draws: Any) -> Tensor:
+    """L at every draw, [S]; NaN where the proposal itself is not finite."""
+    if not all_finite(loc, *scales):
+        return torch.full((len(draws.number),), torch.nan, dtype=loc.dtype, device=loc.device)
+    return losses_of(objective, loc, scales, others, draws)
+
+
+def completed(estimate: Estimate, precision: Precision) -> Estimate:
+    """The estimate with what it says nothing about left as it is.
+
+    A coordinate whose entropy enters the loss w times is solved for ℓ/w: the row of a subsampled plate sees its own
+    term once and not N/M times. A row outside the batch, and a coordinate that the loss does not depend on, stay.
+    """
+    diagonal = estimate.hessian.diagonal() if estimate.hessian.ndim == 2 else estimate.hessian
+    weight = torch.ones_like(estimate.gradient) if estimate.extras.weight is None else estimate.extras.weight
+    weight = torch.where((estimate.gradient == 0) & (diagonal == 0), 0.0, weight)
+    gradient_weight = torch.where(weight > 0, weight, 1.0)
+    return estimate._replace(
+        gradient=estimate.gradient / gradient_weight,
+        pair_gradients=estimate.pair_gradients / gradient_weight,
+        hessian=precision.complete(estimate.hessian, weight),
+        extras=estimate.extras._replace(weight=weight),
+    )
+
+
+def tempered(objective: Objective, blocks: tuple[Block, ...], temperature: float) -> Objective:
+    """L/τ with the entropy kept whole: E_q[ℓ]/τ − H(q), whose fixed point is that of E_q[ℓ] − τ H(q)."""
+    if temperature == 1:
+        return objective
+
+    def tempered_objective(loc, scales, others, draw):
+        loss, extras = objective(loc, scales, others, draw)
+        if extras.weight is not None:
+            raise ValueError("temperature != 1 needs a guide without subsampled or scaled latent sites.")
+        log_determinant = sum(
+            (scale.diagonal(dim1=-2, dim2=-1) if block.structure == "dense" else scale).log().sum()
+            for block, scale in zip(blocks, scales, strict=True)
+            if scale is not None
+        )
+        return loss / temperature + (1 / temperature - 1) * log_determinant, extras
+
+    return tempered_objective
+
+
+def all_finite(*tensors: Tensor | None) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
+
+
+def field_of(precision: Any) -> Tensor:
+    """S, or its diagonal."""
+    return precision.matrix if isinstance(precision, DensePrecision) else precision.diagonal

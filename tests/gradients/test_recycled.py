@@ -1,0 +1,193 @@
+"""Draws used again: exact on polynomials, right on average, and aware of where they tell nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from tests.cases import Part
+
+DIMENSION = 3
+PARTS = {
+    "diagonal": (Part(0, (DIMENSION,), "diagonal"),),
+    "dense": (Part(0, (DIMENSION,), "dense"),),
+    "mixed": (Part(0, (1,), "diagonal"), Part(1, (2,), "dense")),
+}
+LINEAR = np.array([0.3, -1.0, 0.5])
+SQUARE = np.array([[2.0, 0.5, 0.1], [0.5, 1.5, -0.3], [0.1, -0.3, 1.0]])
+CUBE = np.random.default_rng(3).normal(scale=0.2, size=(DIMENSION,) * 3)
+CUBE = sum(CUBE.transpose(order) for order in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))) / 6
+
+
+def gradient_at(z: np.ndarray, cube: np.ndarray) -> np.ndarray:
+    return LINEAR + z @ SQUARE + np.einsum("abc,...b,...c->...a", cube, z, z) / 2
+
+
+def hessian_at(z: np.ndarray, cube: np.ndarray) -> np.ndarray:
+    return SQUARE + np.einsum("abc,...c->...ab", cube, z)
+
+
+def value_at(z: np.ndarray, cube: np.ndarray) -> np.ndarray:
+    quadratic = np.einsum("...a,ab,...b->...", z, SQUARE, z) / 2
+    return z @ LINEAR + quadratic + np.einsum("abc,...a,...b,...c->...", cube, z, z, z) / 6
+
+
+def gaussian(random: np.random.Generator, parts: tuple, spread: float = 0.3) -> tuple[np.ndarray, tuple, np.ndarray]:
+    """(m, the scales of the parts, C) near N(0, 1)."""
+    loc, scales, factor = spread * random.normal(size=DIMENSION), [], np.zeros((DIMENSION, DIMENSION))
+    for part in parts:
+        size, here = part.size, slice(part.start, part.start + part.size)
+        scale = np.exp(spread * random.normal(size=size) / 2)
+        if part.structure == "dense":
+            scale = np.diag(scale) + np.tril(spread * random.normal(size=(size, size)), -1)
+            factor[here, here] = scale
+        else:
+            factor[here, here] = np.diag(scale)
+        scales.append(scale)
+    return loc, tuple(scales), factor
+
+
+def pooled(backend, random, parts, cube, num_pairs: int, capacity: int = 64, offset: float = 0.0):
+    """A pool of draws of as many Gaussians, and (blocks, module)."""
+    recycled, blocks = backend.module("gradients.recycled"), backend.blocks(parts)
+
+    def append(pool, loc, scales, noise, values, gradients, hessians):
+        return recycled.append(pool, blocks, loc, scales, noise, values, gradients, hessians)
+
+    append, pool = backend.compiled(append), None
+    for _ in range(num_pairs):
+        loc, scales, factor = gaussian(random, parts)
+        loc = loc + offset
+        noise = random.normal(size=DIMENSION)
+        noise = np.stack([noise, -noise])
+        points = loc + noise @ factor.T
+        given = backend.array(loc), tuple(map(backend.array, scales))
+        if pool is None:
+            pool = recycled.init(capacity, *given)
+        arrays = (noise, value_at(points, cube), gradient_at(points, cube), hessian_at(points, cube))
+        pool = append(pool, *given, *map(backend.array, arrays))
+    return pool, blocks, recycled
+
+
+def estimate(backend, pool, blocks, recycled, loc, scales):
+    found = recycled.moments(pool, blocks, backend.array(loc), tuple(map(backend.array, scales)))
+    return SimpleNamespace(
+        weights=backend.to_numpy(found.weights),
+        effective=float(found.effective),
+        gradient=backend.to_numpy(found.gradient),
+        hessian=backend.to_numpy(found.hessian),
+        moments=found,
+    )
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_exact_on_a_quadratic_from_two_pairs_of_other_gaussians(backend, random, name):
+    quadratic = np.zeros_like(CUBE)
+    pool, blocks, recycled = pooled(backend, random, PARTS[name], quadratic, num_pairs=2)
+    loc, scales, _ = gaussian(random, PARTS[name])
+    found = estimate(backend, pool, blocks, recycled, loc, scales)
+    assert_allclose(found.gradient, gradient_at(loc, quadratic), atol=1e-12)
+    assert_allclose(found.hessian, SQUARE, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_exact_on_a_cubic_once_the_draws_are_worth_more_than_twice_the_dimension(backend, random, name):
+    """E_q[∇ℓ] = ∇ℓ(m) + T : Σ / 2 and E_q[∇²ℓ] = ∇²ℓ(m) for third derivatives T."""
+    pool, blocks, recycled = pooled(backend, random, PARTS[name], CUBE, num_pairs=20)
+    loc, scales, factor = gaussian(random, PARTS[name], spread=0.1)
+    found = estimate(backend, pool, blocks, recycled, loc, scales)
+    assert found.effective > 2 * DIMENSION
+    expected = gradient_at(loc, CUBE) + np.einsum("abc,bc->a", CUBE, factor @ factor.T) / 2
+    assert_allclose(found.gradient, expected, atol=1e-11)
+    assert_allclose(found.hessian, hessian_at(loc, CUBE), atol=1e-11)
+
+
+def test_the_weights_are_those_of_the_mixture(backend, random):
+    """Against the densities themselves, with a mixture of three Gaussians of two draws each."""
+    from scipy.stats import multivariate_normal
+
+    parts, components, points = PARTS["mixed"], [], []
+    generator = np.random.default_rng(5)
+    for _ in range(3):
+        loc, _, factor = gaussian(generator, parts)
+        noise = generator.normal(size=DIMENSION)
+        components.append(multivariate_normal(loc, factor @ factor.T))
+        points += [loc + factor @ noise, loc - factor @ noise]
+    pool, blocks, recycled = pooled(backend, np.random.default_rng(5), parts, CUBE, num_pairs=3)
+    loc, scales, factor = gaussian(random, parts)
+    found = estimate(backend, pool, blocks, recycled, loc, scales)
+    mixture = sum(component.pdf(points) for component in components)
+    weights = multivariate_normal(loc, factor @ factor.T).pdf(points) / mixture
+    assert_allclose(found.weights.reshape(-1)[:6], weights / weights.sum(), rtol=1e-10)
+    expected = min(1.0, weights.sum() / 2) / ((weights / weights.sum()) ** 2).sum()
+    assert_allclose(found.effective, expected, rtol=1e-10)
+
+
+def test_a_gaussian_that_no_draw_is_near_is_not_covered(backend, random):
+    """However even the weights are: far away, or a million times as wide, every draw is as unlikely as the next."""
+    pool, blocks, recycled = pooled(backend, random, PARTS["diagonal"], CUBE, num_pairs=20)
+    for loc, scale in ((np.full(DIMENSION, 60.0), np.ones(DIMENSION)), (np.zeros(DIMENSION), np.full(DIMENSION, 1e6))):
+        assert estimate(backend, pool, blocks, recycled, loc, (scale,)).effective < 1e-3
+
+
+def test_the_average_over_pools_is_the_expectation(backend):
+    """On exp(z), whose moments are known, within five standard errors; the error bounds the spread."""
+    parts, rate = (Part(0, (1,), "diagonal"),), 0.7
+    recycled, blocks = backend.module("gradients.recycled"), backend.blocks(parts)
+    found, claimed = [], []
+    generator = np.random.default_rng(8)
+    precision = backend.precision(np.eye(1))
+
+    def run(noise):
+        given = backend.array(np.zeros(1)), (backend.array(np.ones(1)),)
+        pool = recycled.init(12, *given)
+        for index in range(12):
+            points = backend.xp.stack([noise[index], -noise[index]])
+            values = backend.xp.exp(rate * points[:, 0])
+            pool = recycled.append(
+                pool, blocks, *given, points, values, rate * values[:, None], rate**2 * values[:, None, None]
+            )
+        moments = recycled.moments(pool, blocks, *given)
+        return moments.gradient, moments.hessian, recycled.squared_error(moments, precision)
+
+    run = backend.compiled(run)
+    for _ in range(200):
+        gradient, hessian, error = run(backend.array(generator.normal(size=(12, 1))))
+        found.append([backend.to_numpy(gradient)[0], backend.to_numpy(hessian)[0, 0]])
+        claimed.append(float(error))
+    found, expected = np.array(found), np.exp(rate**2 / 2) * np.array([rate, rate**2])
+    # a ratio of averages, and a regression, are biased by the order of one over the draws
+    assert (np.abs(found.mean(0) - expected) < 5 * found.std(0) / 200**0.5 + expected / 24).all()
+    plain = (rate**2 * (np.exp(2 * rate**2) + 1) / 2 - rate**2 * np.exp(rate**2)) / 12  # of 12 pairs, no regression
+    assert found[:, 0].var() < np.mean(claimed)
+    assert 0.3 < np.mean(claimed) / plain < 3
+
+
+def test_a_full_pool_forgets_its_older_half(backend):
+    """The draws that stay are weighted as if the others had never been made."""
+    parts = PARTS["mixed"]
+    full, blocks, recycled = pooled(backend, np.random.default_rng(4), parts, CUBE, num_pairs=9, capacity=8)
+    assert int(full.count) == 5
+    generator = np.random.default_rng(4)
+    for _ in range(4):  # what the first four pairs took of the generator
+        gaussian(generator, parts), generator.normal(size=DIMENSION)
+    fresh, *_ = pooled(backend, generator, parts, CUBE, num_pairs=5, capacity=8)
+    loc, scales, _ = gaussian(np.random.default_rng(1), parts)
+    kept, anew = (estimate(backend, pool, blocks, recycled, loc, scales) for pool in (full, fresh))
+    assert_allclose(kept.weights[:5], anew.weights[:5], rtol=1e-10)
+    assert_allclose(kept.gradient, anew.gradient, rtol=1e-10)
+
+
+def test_the_elbo_of_a_gaussian_posterior_has_no_error(backend, random):
+    """log p − log q is the same at every draw of q = p."""
+    quadratic = np.zeros_like(CUBE)
+    pool, blocks, recycled = pooled(backend, random, PARTS["dense"], quadratic, num_pairs=4)
+    loc = -np.linalg.solve(SQUARE, LINEAR)
+    factor = np.linalg.cholesky(np.linalg.inv(SQUARE))
+    elbo, error = recycled.elbo(pool, blocks, backend.array(loc), (backend.array(factor),))
+    log_evidence = -value_at(loc, quadratic) + DIMENSION * np.log(2 * np.pi) / 2 + np.log(np.diag(factor)).sum()
+    assert_allclose(float(elbo), log_evidence, rtol=1e-12)
+    assert float(error) < 1e-12

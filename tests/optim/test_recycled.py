@@ -1,0 +1,135 @@
+"""The automatic step on recycled draws: exact where it can be, safe where it cannot, the same in both packages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from tests import cases, reference
+from tests.cases import Part
+
+PARTS = (Part(0, (2,), "dense"),)
+
+
+def started(backend, loc, precision):
+    """A state that keeps its draws."""
+    made = backend.state(reference.State(loc=np.asarray(loc, float), precision=np.asarray(precision, float)))
+    blr, recycled = backend.blr, backend.module("optim._recycled")
+    scales = blr.scales_of(made.precision, backend.blocks(PARTS), 1.0)
+    return blr.init(made.loc, made.precision, recycled.init(made.loc, scales))
+
+
+def stepper(backend, loss):
+    """(state, noise [K, D]) -> (state, loss, moved), for ℓ in the backend's own arrays."""
+    blocks, step, xp = backend.blocks(PARTS), backend.module("optim._recycled").step, backend.xp
+    extras = backend.gradients.Extras(aux=None)
+
+    def objective(loc, scales, others, draw):
+        (scale,) = scales
+        value = loss(xp, loc + scale @ draw.noise)
+        return value - xp.log(xp.einsum("ii->i", scale)).sum() - (draw.noise**2).sum() / 2, extras
+
+    compiled = backend.compiled(lambda state, noise: step(state, objective, blocks, noise))
+    return lambda state, noise: compiled(state, backend.array(noise))
+
+
+def quadratic(xp, z):
+    return 3 * z[0] ** 2 + z[0] * z[1] + z[1] ** 2 / 2 - 2 * z[0]
+
+
+def counts(xp, z):
+    return xp.exp(z[0] + z[1]) - 3 * z[0] + xp.exp(0.5 * z[0]) - 2 * z[1] + (z**2).sum() / 8
+
+
+def undefined_beyond_three(xp, z):
+    return -xp.log(3 - z[0]) + (z**2).sum() / 2
+
+
+def test_one_step_on_a_quadratic_is_exact_from_a_single_pair(backend, random):
+    step, state = stepper(backend, quadratic), started(backend, [5.0, -3.0], 100 * np.eye(2))
+    state, _, moved = step(state, random.normal(size=(4, 2)))
+    hessian = np.array([[6.0, 1.0], [1.0, 1.0]])
+    assert bool(moved)
+    assert_allclose(backend.precision_array(state.precision), hessian, rtol=1e-10)
+    assert_allclose(backend.to_numpy(state.loc), np.linalg.solve(hessian, [2.0, 0.0]), rtol=1e-10)
+    # a pair of Hessians and gradients, and the losses of one proposal
+    assert float(state.evaluations) == 2 * (2 + 1) + 2
+
+
+def test_the_fixed_point_is_reached_and_the_error_falls_with_the_draws(backend):
+    """Against Gauss–Hermite quadrature: E_q[∇ℓ] = 0 and E_q[∇²ℓ] = S."""
+    step, state = stepper(backend, counts), started(backend, [0.0, 0.0], 100 * np.eye(2))
+    generator = np.random.default_rng(2)
+    for count in range(60):
+        state, *_ = step(state, generator.normal(size=(4, 2)))
+        if count == 20:
+            early = float(state.error)
+    assert float(state.error) < early / 2
+    loc, matrix = backend.to_numpy(state.loc), backend.precision_array(state.precision)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(30)
+    grid = np.stack(np.meshgrid(nodes, nodes, indexing="ij"), -1).reshape(-1, 2)
+    weight = np.outer(weights, weights).reshape(-1) / weights.sum() ** 2
+    z = loc + grid @ np.linalg.cholesky(np.linalg.inv(matrix)).T
+    both, first = np.exp(z.sum(1)), np.exp(0.5 * z[:, 0])
+    gradient = np.stack([both - 3 + 0.5 * first, both - 2], -1) + z / 4
+    hessian = both[:, None, None] * np.ones((2, 2)) + 0.25 * np.eye(2)
+    hessian[:, 0, 0] += 0.25 * first
+    residual = weight @ gradient
+    # the optimum is met to within a hundredth of a nat: r² / 2, and a Hessian within a few per cent
+    assert residual @ np.linalg.solve(matrix, residual) / 2 < 0.01
+    assert_allclose(np.einsum("n,nij->ij", weight, hessian), matrix, rtol=0.05)
+
+
+def test_a_draw_without_a_finite_loss_moves_nothing_and_brings_the_next_ones_closer(backend):
+    step, state = stepper(backend, undefined_beyond_three), started(backend, [2.9, 0.0], np.eye(2))
+    noise = np.array([[5.0, 0.1]] * 4)
+    after, _, moved = step(state, noise)
+    assert not bool(moved)
+    assert int(after.skipped) == 1 and float(after.radius) == 0.5
+    assert int(after.recycling.pool.count) == 0, "nothing that is not finite is kept"
+    assert_allclose(backend.to_numpy(after.loc), [2.9, 0.0], rtol=0)
+    for _ in range(60):
+        after, *_ = step(after, np.array([[0.5, -0.3]] * 4))
+    assert np.isfinite(backend.to_numpy(after.loc)).all() and backend.to_numpy(after.loc)[0] < 1
+
+
+@pytest.mark.parametrize("loss", [quadratic, counts])
+def test_both_packages_take_the_same_steps(both, loss):
+    generator = np.random.default_rng(6)
+    noise = generator.normal(size=(15, 4, 2))
+    states = []
+    for bridge in both:
+        step, state = stepper(bridge, loss), started(bridge, [0.4, -0.2], 25 * np.eye(2))
+        for one in noise:
+            state, *_ = step(state, one)
+        states.append(state)
+    first, second = states
+    assert_allclose(both[0].to_numpy(first.loc), both[1].to_numpy(second.loc), rtol=1e-9)
+    arrays = [bridge.precision_array(state.precision) for bridge, state in zip(both, states, strict=True)]
+    assert_allclose(arrays[0], arrays[1], rtol=1e-9)
+    for name in ("evaluations", "residual", "error"):
+        assert_allclose(float(getattr(first, name)), float(getattr(second, name)), rtol=1e-6, atol=1e-12)
+    assert int(first.recycling.num_pairs) == int(second.recycling.num_pairs)
+
+
+def test_what_is_not_one_density_at_all_draws_is_not_recycled(backend):
+    """Several particles, an analytic KL, a given rate: the rule without the pool."""
+    observed = (np.array([1.0, 2.0, 0.5]),)
+
+    def make_model(host):
+        def model(y):
+            rate = host.sample("log_rate", host.dist.Normal(host.array(0.0), 1.0))
+            with host.plate("data", len(y)):
+                host.sample("y", host.dist.Normal(rate, 1.0), obs=y)
+
+        return model
+
+    def keeps_draws(loss=None, **options):
+        fit = backend.start(make_model, cases.MEAN_FIELD.make, observed, loss=loss, **options).run(1)
+        return fit.gaussian_state().recycling is not None
+
+    assert keeps_draws()
+    assert not keeps_draws(learning_rate=0.5)
+    assert not keeps_draws(loss=backend.loss(num_particles=2))
+    assert not keeps_draws(loss=backend.loss("TraceMeanField_ELBO"))
