@@ -14,7 +14,7 @@ OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow lint format bench reference clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-11s %s\n", $$1, $$2}' Makefile
@@ -37,9 +37,14 @@ format: $(INSTALLED)  ## repair style and format where that is safe
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## measure the cost of a step, and the number of steps on conjugate models
+bench: $(INSTALLED)  ## measure the cost of a step, stock and traced, and the number of steps on conjugate models
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/conjugate.py
+	$(BIN)/python benchmarks/traced.py
+
+reference: $(INSTALLED)  ## compare with Adam and score matching on the posteriors in DATA=folder
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[benchmarks]'
+	$(BIN)/python benchmarks/reference.py --data '$(DATA)'
 
 clean:  ## remove .venv and whatever the tools and the examples left
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png streaming.png

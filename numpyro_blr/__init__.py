@@ -1,9 +1,10 @@
 """Natural-gradient variational inference for NumPyro by the Bayesian learning rule."""
 
+from .fitting import fit as fit
 from .guides import AutoExponentialFamily as AutoExponentialFamily
 from .guides import natural_param as natural_param
 from .optim.blr import BLR as BLR
 from .optim.contributions import merge as merge
 from .optim.contributions import site_contributions as site_contributions
 
-__all__ = ["BLR", "AutoExponentialFamily", "merge", "natural_param", "site_contributions"]
+__all__ = ["BLR", "AutoExponentialFamily", "fit", "merge", "natural_param", "site_contributions"]

@@ -63,3 +63,9 @@ def test_the_quickstart_is_the_exact_posterior():
     program = programs()[0]
     assert "BLR()" in program
     run(program + CHECK)
+
+
+def test_fit_ends_by_itself():
+    pytest.importorskip("numpyro")
+    (program,) = (program for program in programs() if "import fit" in program)
+    run(programs()[0] + program + "\nassert result.converged and result.steps < 50, result.report()\n")

@@ -161,12 +161,18 @@ def recyclable(svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapp
     if not (one_density and drawn) or layout.members or layout.others:
         return False
 
-    def evaluate(params: Mapping[str, Any]) -> Extras:
-        loc, scales = gather(layout, params)
-        return objective_of(loss_of(svi, args, kwargs), layout, params)(loc, scales, {}, Draws.at(loc))[1]
+    subsampled_plates: list[bool] = []
 
-    extras = jax.eval_shape(evaluate, dict(params))
-    return extras.aux is None and extras.weight is None
+    def evaluate(params: Mapping[str, Any]) -> tuple[Any, Array | None]:
+        loc, scales = gather(layout, params)
+        redraw = Redraw(layout, Draws.at(jnp.zeros_like(loc)))
+        with redraw:
+            _, aux = loss_of(svi, args, kwargs)(scatter(layout, loc, scales, params))
+        subsampled_plates.append(redraw.minibatch)
+        return aux, redraw.weight(loc)
+
+    aux, weight = jax.eval_shape(evaluate, dict(params))
+    return aux is None and weight is None and not any(subsampled_plates)
 
 
 class Redraw(Messenger):

@@ -239,9 +239,9 @@ def test_a_proposal_at_which_a_matrix_has_no_cholesky_factor_is_refused():
 
     guide = partial(AutoNormal, init_scale=0.3)
     with pytest.warns(UserWarning, match="not finite"):
-        expected = fit(model, guide=guide, num_steps=12)
+        expected = fit(model, guide=guide, num_steps=12, learning_rate=0.5)
     with pytest.warns(UserWarning, match="not finite"):
-        found = fit(model, guide=guide, num_steps=12, compile=True)
+        found = fit(model, guide=guide, num_steps=12, compile=True, learning_rate=0.5)
     assert found.optimizer.traced_reason is None
     assert found.optimizer.get_state()["skipped"] == expected.optimizer.get_state()["skipped"] > 0
     check_same(found.params, expected.params)

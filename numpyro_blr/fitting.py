@@ -1,0 +1,443 @@
+"""`fit`: the stock SVI with BLR until it has converged, and a warning where it has not or cannot.
+
+With r² = gᵀ S⁻¹ g, the squared Fisher norm of the natural gradient, and V its Monte Carlo variance, in nats:
+
+    what a full step gains ≈ r²/2,        what noise costs ≈ c V/2,        c = ρ/(2 − ρ), or 1 with recycled draws.
+
+Converged, at two checks in a row: r² < 2 V or r²/2 < tolerance/10; c V/2 < tolerance; recycled draws are worth eight
+or more; and the ELBO no longer rises. Sweeps that are exact have no noise: their ELBO stands still. The noise of
+minibatches and of other optimizers is not in V: there the averaged loss decides, which is less, and is said.
+
+r² = `residual`, V = `error`, ρ = `rate`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from numpyro.handlers import replay, seed, trace
+from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from tqdm import tqdm
+
+from .gradients import recycled
+from .optim import _rate
+from .optim.blr import BLR, OptState, scales_of
+from .results import MAX_PARETO_K, Fit, arviz_is_installed
+
+__all__ = ["Check", "fit", "judge", "num_steps_between_checks"]
+
+_CHOICES = ("auto", True, False)
+BETWEEN_CHECKS, SHARE_BETWEEN_CHECKS = 5, 20
+MIN_EFFECTIVE, MIN_AVERAGED, MAX_AVERAGED_RATE = 8.0, 60, 0.1
+PSIS_DRAWS = 300
+_MAX_UNOPTIMIZED = 2**14  # numbers in the arguments up to which compiling takes longer than the steps
+
+
+@dataclass(frozen=True)
+class Check:
+    """What is known after `step` steps; NaN is unknown.
+
+    Attributes:
+        elbo: with its standard error `elbo_error`.
+        residual: r²; `error` is V.
+        rate: ρ.
+        effective: draws that recycled ones are worth.
+    """
+
+    step: int
+    elbo: float
+    elbo_error: float
+    residual: float = math.nan
+    error: float = math.nan
+    rate: float = math.nan
+    effective: float = math.nan
+
+
+def fit(
+    model: Callable,
+    guide: Any,
+    *args: Any,
+    rng_key: Array | None = None,
+    learning_rate: float | Callable[[Array], Array] | None = None,
+    max_steps: int = 1000,
+    loss: Any = None,
+    progress_bar: bool = True,
+    optimizer: BLR | None = None,
+    tolerance: float = 0.01,
+    compile: bool | str = "auto",
+    **kwargs: Any,
+) -> Fit:
+    """Fit `guide` to `model` by the stock SVI with BLR, until it has converged.
+
+    Args:
+        guide: a guide, or a class of guides that takes the model, such as AutoNormal.
+        args, kwargs: of the model. One that bears the name of an option here is given by position.
+        rng_key: of the start and of all draws; `jax.random.key(0)` if None.
+        learning_rate: of BLR; None chooses it at every step.
+        max_steps: steps after which the fit ends, converged or not.
+        loss: an ELBO of the host; `Trace_ELBO()` if None.
+        optimizer: a BLR with other options than its learning rate, in place of `learning_rate`.
+        tolerance: nats by which the ELBO may fall short for Monte Carlo noise.
+        compile: False runs the steps without `jax.jit`: slow, and every value can be looked at. "auto" compiles small
+            models with fewer optimizations than True, which is sooner done.
+
+    Raises:
+        TypeError, ValueError: for an argument out of range, and what BLR raises for the guide, the loss and the rate.
+        FloatingPointError: nothing but steps with a loss or gradient that is not finite.
+
+    Example:
+        >>> result = fit(model, AutoNormal, x, y)
+        >>> print(result)
+        >>> result.sample(1000)["weights"]
+    """
+    optimizer = _checked(guide, learning_rate, max_steps, optimizer, tolerance, compile)
+    svi = SVI(model, guide(model) if isinstance(guide, type) else guide, optimizer, loss or Trace_ELBO())
+    rng_key = jax.random.key(0) if rng_key is None else rng_key
+    state = svi.init(rng_key, *args, **kwargs)
+    opt_state: OptState = state.optim_state[1]
+    minibatch = _subsamples(svi, args, kwargs)
+    basis = _basis(optimizer, opt_state, minibatch)
+    most = max(BETWEEN_CHECKS, max_steps // SHARE_BETWEEN_CHECKS)
+    if compile is False:
+        advance = _advance_one_by_one(svi, args, kwargs)
+    else:
+        advance = _advance_compiled(svi, args, kwargs, most, optimized=compile is True)
+
+    checks: list[Check] = []
+    losses, converged, reason = np.zeros(0), False, ""
+    with tqdm(total=max_steps, disable=not progress_bar) as bar:
+        while len(losses) < max_steps and not converged:
+            num_steps = num_steps_between_checks(len(losses), max_steps)
+            state, more, at_end = advance(state, num_steps)
+            opt_state, losses = state.optim_state[1], np.append(losses, np.asarray(more)[:num_steps])
+            checks.append(_check(optimizer, opt_state, at_end, losses, basis))
+            converged, reason = judge(checks, losses, basis, tolerance)
+            _show(bar, num_steps, checks[-1])
+            if len(losses) >= 10 and opt_state.skipped == len(losses):
+                break  # `get_params` raises
+    params = svi.get_params(state)
+    result = Fit(
+        params=params,
+        losses=losses,
+        elbo=checks[-1].elbo,
+        elbo_error=checks[-1].elbo_error,
+        converged=converged,
+        reason=reason,
+        steps=len(losses),
+        gradient_evaluations=int(opt_state.gradient_evaluations),
+        history={name: np.array([getattr(check, name) for check in checks]) for name in asdict(checks[0])},
+        pareto_k=math.nan,
+        no_weights=_no_weights(svi, opt_state, minibatch),
+        site_residuals=_site_residuals(opt_state, at_end),
+        compiled="compiled by JAX" if compile else "not compiled: compile=False",
+        svi=svi,
+        state=state,
+        args=args,
+        kwargs=kwargs,
+        rng_key=rng_key,
+    )
+    return _warned(result, opt_state, max_steps)
+
+
+def judge(checks: Sequence[Check], losses: np.ndarray, basis: str, tolerance: float) -> tuple[bool, str]:
+    """Whether the fit has converged, and a sentence that says why or why not.
+
+    Args:
+        checks: so far.
+        losses: of all steps so far.
+        basis: what is known: the natural gradient from `"recycled"` draws or from those of each step (`"drawn"`),
+            the `"exact"` ELBO, or nothing but the `"averaged"` loss.
+    """
+    if basis == "averaged":
+        return _judge_losses(losses, checks[-1].rate)
+    if len(checks) < 2:
+        return False, "there was one check, and two are needed"
+    before, now = checks[-2:]
+    if basis == "exact":
+        change = abs(now.elbo - before.elbo)
+        if change < tolerance / 10:
+            return True, f"the exact ELBO changed by {change:.1g} nat from step {before.step} to {now.step}"
+        return False, f"the exact ELBO still changed by {change:.2g} nat from step {before.step} to {now.step}"
+    missing = _missing(now, basis, tolerance) or _missing(before, basis, tolerance)
+    if missing:
+        return False, missing
+    rise = now.elbo - before.elbo
+    if not rise <= max(tolerance, 2 * math.hypot(now.elbo_error, before.elbo_error)):
+        return False, f"the ELBO still rose by {rise:.2g} nat from step {before.step} to {now.step}"
+    return True, (
+        f"a full step would gain about {now.residual / 2:.1g} nat, which is negligible or inside its Monte Carlo "
+        f"error, and that costs about {_cost_of_noise(now, basis):.1g} nat"
+    )
+
+
+def num_steps_between_checks(steps: int, max_steps: int) -> int:
+    """Five, and later five in a hundred of the steps so far."""
+    return min(max(BETWEEN_CHECKS, steps // SHARE_BETWEEN_CHECKS), max_steps - steps)
+
+
+def _missing(check: Check, basis: str, tolerance: float) -> str:
+    """What a check lacks of convergence; empty for nothing."""
+    gain, cost = check.residual / 2, _cost_of_noise(check, basis)
+    if not (check.residual < _rate.NOISE_RATIO * check.error or gain < tolerance / 10):
+        return f"a full step would still gain about {gain:.2g} nat at step {check.step}, beyond its Monte Carlo error"
+    if not cost < tolerance:
+        return f"Monte Carlo noise still cost about {cost:.2g} nat at step {check.step}, more than the tolerance"
+    if basis == "recycled" and not check.effective >= MIN_EFFECTIVE:
+        return f"the draws so far were worth {check.effective:.1f} at step {check.step}, fewer than {MIN_EFFECTIVE:.0f}"
+    return ""
+
+
+def _cost_of_noise(check: Check, basis: str) -> float:
+    """c V/2."""
+    return check.error / 2 * (1 if basis == "recycled" else check.rate / (2 - check.rate))
+
+
+def _judge_losses(losses: np.ndarray, rate: float) -> tuple[bool, str]:
+    """By the mean of the last third of the losses against that of the third before."""
+    third = len(losses) // 3
+    if len(losses) < MIN_AVERAGED:
+        return False, f"the loss is judged by its average, for which {len(losses)} steps are too few"
+    before, error_before = _mean_and_error(losses[-2 * third : -third])
+    now, error_now = _mean_and_error(losses[-third:])
+    gain, error = before - now, math.hypot(error_before, error_now)
+    described = f"the average loss fell by {gain:.2g} ± {error:.1g} over the last third of the steps"
+    if not gain < 2 * error:
+        return False, f"{described} and has not settled"
+    if not rate <= MAX_AVERAGED_RATE:
+        return False, (
+            f"{described}, at a rate of {rate:.2g}: above {MAX_AVERAGED_RATE} the noise is not averaged out, so "
+            "give more steps or a smaller or decreasing learning_rate"
+        )
+    return True, (
+        f"{described}, at a rate of {rate:.2g}. This is no proof: the noise of minibatches, of other optimizers and of "
+        "drawn sites is not in the Monte Carlo error of the natural gradient, and a slow rise hides in it"
+    )
+
+
+def _mean_and_error(losses: np.ndarray) -> tuple[float, float]:
+    finite = losses[np.isfinite(losses)]
+    if len(finite) < 2:
+        return math.nan, math.nan
+    return float(finite.mean()), float(finite.std(ddof=1) / len(finite) ** 0.5)
+
+
+def _checked(guide: Any, learning_rate: Any, max_steps: Any, optimizer: Any, tolerance: Any, compile: Any) -> BLR:
+    """The optimizer, once every argument is known to be right."""
+    if not callable(guide):
+        raise TypeError(
+            f"guide must be a guide, or a class of guides that takes the model, such as AutoNormal; got {guide!r}."
+        )
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int):
+        raise TypeError(f"max_steps must be a positive integer, got {max_steps!r}.")
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be positive, got {max_steps}: it is the most steps that a fit may take.")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise TypeError(f"tolerance must be a positive number of nats, got {tolerance!r}.")
+    if not (tolerance > 0 and math.isfinite(tolerance)):
+        raise ValueError(
+            f"tolerance must be positive and finite, got {tolerance}: it is the nats that Monte Carlo noise may cost. "
+            "For a fit of a given number of steps use `SVI` itself."
+        )
+    if not any(compile is choice or (isinstance(choice, str) and compile == choice) for choice in _CHOICES):
+        raise ValueError(f"compile must be one of {', '.join(map(repr, _CHOICES))}; got {compile!r}.")
+    if optimizer is None:
+        return BLR(learning_rate)
+    if not isinstance(optimizer, BLR):
+        raise TypeError(
+            f"optimizer must be a BLR, such as BLR(num_draws=16), got {type(optimizer).__name__}: the stopping rule "
+            "is BLR's. Another optimizer goes into `SVI` itself, or into BLR(others=...) for what BLR leaves to it."
+        )
+    if learning_rate is not None:
+        raise ValueError(
+            f"learning_rate={learning_rate!r} and an optimizer were given: give the rate to the optimizer, "
+            f"BLR({learning_rate!r}, ...), or leave the optimizer away."
+        )
+    return optimizer
+
+
+def _warned(result: Fit, opt_state: OptState, max_steps: int) -> Fit:
+    """The result with its k̂, after a warning of each thing that the user should know."""
+    rejected = 0 if opt_state.gaussian is None else int(opt_state.gaussian.rate.rejected)
+    stood_still = rejected + int(opt_state.skipped)
+
+    def warn(text: str) -> None:
+        warnings.warn(f"fit: {text}", stacklevel=4)
+
+    if not result.converged:
+        warn(
+            f"not converged in {result.steps} steps (max_steps={max_steps}): {result.reason}. Give more steps or a "
+            "larger tolerance, and look at `.plot()`."
+        )
+    if stood_still == result.steps:
+        warn(
+            f"the curvature never moved: the precision is as it was at the start, because each of the {result.steps} "
+            "steps was refused. Start the guide elsewhere (`init_loc_fn`), and look for terms of the model that are "
+            "not finite, or whose derivative is not that of their value."
+        )
+    elif stood_still > result.steps / 2 and not result.converged:  # at the optimum noise refuses many a step
+        warn(
+            f"the rate was cut at {stood_still} of {result.steps} steps: no step along the natural gradient made the "
+            "loss smaller there. Start the guide elsewhere (`init_loc_fn`), give a small learning_rate, or look for "
+            "terms of the model whose derivative is not that of their value."
+        )
+    if not arviz_is_installed() or result.no_weights:
+        return result
+    result = replace(result, pareto_k=result.psis(PSIS_DRAWS))
+    if result.converged and result.pareto_k > MAX_PARETO_K:  # else it may be the fit, and not the family
+        warn(
+            f"the guide does not cover the posterior: the Pareto k̂ of its importance weights is {result.pareto_k:.2f}, "
+            f"and above {MAX_PARETO_K} its means and variances are not to be trusted. Try a full-rank guide "
+            "(AutoMultivariateNormal), or reparametrise the model (non-centred hierarchies: LocScaleReparam)."
+        )
+    return result
+
+
+def _show(bar: Any, num_steps: int, check: Check) -> None:
+    bar.set_postfix_str(
+        f"ELBO {check.elbo:.2f} ± {check.elbo_error:.2g}, r² {check.residual:.1e}, ρ {check.rate:.2g}", refresh=False
+    )
+    bar.update(num_steps)
+
+
+class _AtEnd(NamedTuple):
+    """What the recycled draws say of the last state: the ELBO, n, ĝ [D], and its deviation by pair [K, D]."""
+
+    elbo: Array
+    elbo_error: Array
+    effective: Array
+    gradient: Array
+    deviations: Array
+
+
+def _at_end(opt_state: OptState) -> _AtEnd | None:
+    gaussian, blocks = opt_state.gaussian, opt_state.layout.blocks
+    if gaussian is None or gaussian.recycling is None:
+        return None
+    scales = scales_of(gaussian.precision, blocks, jnp.ones_like(gaussian.radius))
+    estimate = recycled.moments(gaussian.recycling.pool, blocks, gaussian.loc, scales)
+    elbo, elbo_error = recycled.elbo(gaussian.recycling.pool, blocks, gaussian.loc, scales)
+    deviations = estimate.deviations.sum(1)
+    return _AtEnd(elbo, elbo_error, estimate.effective, estimate.gradient, deviations)
+
+
+def _advance_compiled(svi: SVI, args: tuple, kwargs: dict, max_steps: int, *, optimized: bool) -> Callable:
+    """(state, number of steps) -> (state, losses [max_steps], at the end), one program for any number of steps."""
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves((args, kwargs)))
+    options = None if optimized or size > _MAX_UNOPTIMIZED else {"xla_backend_optimization_level": 0}
+
+    @partial(jax.jit, compiler_options=options)
+    def advance(state: Any, num_steps: Array) -> tuple[Any, Array, _AtEnd | None]:
+        def step(number: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
+            state, losses = carry
+            state, loss = svi.update(state, *args, **kwargs)
+            return state, losses.at[number].set(loss.astype(losses.dtype))
+
+        state, losses = lax.fori_loop(0, num_steps, step, (state, jnp.zeros(max_steps)))
+        return state, losses, _at_end(state.optim_state[1])
+
+    return advance
+
+
+def _advance_one_by_one(svi: SVI, args: tuple, kwargs: dict) -> Callable:
+    """The same without `jax.jit`."""
+
+    def advance(state: Any, num_steps: int) -> tuple[Any, Array, _AtEnd | None]:
+        losses = []
+        with jax.disable_jit():
+            for _ in range(num_steps):
+                state, loss = svi.update(state, *args, **kwargs)
+                losses.append(loss)
+            return state, jnp.stack(losses), _at_end(state.optim_state[1])
+
+    return advance
+
+
+def _subsamples(svi: SVI, args: tuple, kwargs: dict) -> bool:
+    """Whether a plate of the model takes a part of its rows; of its one run no number is computed."""
+    plates: list[tuple] = []
+
+    def run(rng_key: Array) -> None:
+        guide_trace = trace(seed(svi.guide, rng_key)).get_trace(*args, **kwargs)  # an improper prior cannot be drawn
+        sites = trace(replay(seed(svi.model, rng_key), guide_trace)).get_trace(*args, **kwargs).values()
+        plates.extend(site["args"] for site in sites if site["type"] == "plate")
+
+    jax.eval_shape(run, jax.random.key(0))
+    return any(subsample_size is not None and subsample_size < size for size, subsample_size in plates)
+
+
+def _no_weights(svi: SVI, opt_state: OptState, minibatch: bool) -> str:
+    """Why p(D, z)/q(z) is not to be had; empty where it is."""
+    if minibatch:
+        return "a minibatch has the weight of its own data alone"
+    if isinstance(svi.loss, TraceEnum_ELBO):
+        return "TraceEnum_ELBO sums sites out that the guide does not draw"
+    if svi.optim.temperature != 1:
+        return "at a temperature other than 1 the guide is not meant for the posterior"
+    if any(block.structure == "point" for block in opt_state.layout.blocks):
+        return "a point has no density"
+    return ""
+
+
+def _basis(optimizer: BLR, opt_state: OptState, minibatch: bool) -> str:
+    """What `judge` has to go by."""
+    gaussian, layout = opt_state.gaussian, opt_state.layout
+    if layout.others or optimizer.estimator == "gradient" or minibatch:
+        return "averaged"
+    if gaussian is not None and gaussian.recycling is not None:
+        return "recycled"
+    if not layout.members:
+        return "drawn"
+    exact = gaussian is None and all(role.kind != "drawn" for role in opt_state.roles)
+    return "exact" if exact else "averaged"
+
+
+def _check(optimizer: BLR, opt_state: OptState, at_end: _AtEnd | None, losses: np.ndarray, basis: str) -> Check:
+    gaussian, temperature, steps = opt_state.gaussian, optimizer.temperature, len(losses)
+    residual, error = (math.nan, math.nan) if gaussian is None else (float(gaussian.residual), float(gaussian.error))
+    rate = _rate_of(optimizer, opt_state, steps)
+    if basis == "recycled" and at_end is not None:
+        elbo, elbo_error, effective = map(float, jax.device_get(at_end[:3]))
+        num_pairs = effective / 2
+        elbo_error *= math.sqrt(num_pairs / (num_pairs - 1)) if num_pairs > 1 else math.nan
+        return Check(steps, temperature * elbo, temperature * elbo_error, residual, error, rate, effective)
+    if basis == "exact":
+        return Check(steps, -float(losses[-1]), 0.0, rate=rate)
+    mean, elbo_error = _mean_and_error(losses[-max(2, steps // 3) :])
+    return Check(steps, -mean, elbo_error, residual, error, rate)
+
+
+def _rate_of(optimizer: BLR, opt_state: OptState, steps: int) -> float:
+    """ρ: as given, or the largest of those that were chosen, under their caps."""
+    if optimizer.learning_rate is not None:
+        given = optimizer.learning_rate
+        return float(given(jnp.asarray(steps)) if callable(given) else given)
+    gaussian, members = opt_state.gaussian, opt_state.members.rates
+    if gaussian is not None and gaussian.recycling is not None:
+        return float(gaussian.rate.rate)
+    states = [members[role.name] for role in opt_state.roles if not role.local]
+    states += [] if gaussian is None else [gaussian.rate]
+    return max((min(float(state.rate), 2 / (int(state.noisy_steps) + 2)) for state in states), default=1.0)
+
+
+def _site_residuals(opt_state: OptState, at_end: _AtEnd | None) -> dict[str, tuple[float, float]]:
+    """(r², V) of each site's own coordinates b: ĝ_bᵀ S_bb⁻¹ ĝ_b, and the same of the deviations, summed over pairs."""
+    if at_end is None:
+        return {}
+    precision: Any = opt_state.gaussian.precision  # type: ignore[union-attr]
+    matrix, gradient, deviations = map(np.asarray, (precision.matrix, at_end.gradient, at_end.deviations))
+    found = {}
+    for site in opt_state.layout.sites:
+        own = slice(site.block.start, site.block.stop)
+        rows = np.vstack([gradient[own], deviations[:, own]])
+        squares = (rows * np.linalg.solve(matrix[own, own], rows.T).T).sum(1)
+        found[site.name] = float(squares[0]), float(squares[1:].sum())
+    return found
