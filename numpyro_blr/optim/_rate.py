@@ -103,9 +103,9 @@ def search(
     return next_state, proposal, accepted, tries
 
 
-def next_rate(rate: Array, first_rate: Array, accepted: Array, tries: Array) -> Array:
+def next_rate(rate: Array, first_rate: Array, accepted: Array, tries: Array, longest: float | Array = 1.0) -> Array:
     """What the next step tries first: more after a first proposal that was accepted, less after none."""
-    after = jnp.where(tries == 1, jnp.minimum(1, GROW * rate), rate)
+    after = jnp.where(tries == 1, jnp.minimum(longest, GROW * rate), rate)
     return jnp.where(accepted, after, CUT * first_rate).astype(first_rate.dtype)
 
 

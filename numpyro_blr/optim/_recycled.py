@@ -12,7 +12,9 @@ One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.p
    (the scale of a hierarchy and what it scales), which would cost a stochastic step each.
 
 The n-th step whose natural gradient is inside its error caps the rate at 2 / (n + 2) as in `_rate.py`, times the draws
-that the pool is worth over the draws of a step: where the pool averages the noise away, the rate need not.
+that the pool is worth over the draws of a step: where the pool averages the noise away, the rate need not. Only beyond
+r² = 1e12 may the mean, and the mean alone, move further than a Newton step, which on the slope of an exponential is one
+unit: a start at a log density of −1e100 would take as many steps as it has powers of e.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ MAX_NUMBERS = 2**22  # of the Hessians that are kept
 MAX_PAIRS = 256
 COVERED = 16.0
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
+FAR = 1e12  # r²
 
 
 @jax.tree_util.register_dataclass
@@ -110,12 +113,14 @@ def step(
     error = recycled.squared_error(here, state.precision)
     noisy = residual < _rate.NOISE_RATIO * error
     noisy_steps = state.rate.noisy_steps + noisy.astype(jnp.int32)
-    first_rate = jnp.minimum(state.rate.rate, _cap(noisy_steps, here.effective, recycling.num_pairs))
+    far = residual > FAR
+    longest = jnp.where(far, jnp.inf, _cap(noisy_steps, here.effective, recycling.num_pairs))
+    first_rate = jnp.minimum(state.rate.rate, longest)
 
     def attempt(search: _Search) -> _Search:
         now = search.moments
         rate = jnp.where(search.taken, jnp.asarray(INNER_RATE, search.rate.dtype), search.rate)
-        precision = search.precision.blend(now.hessian, rate)
+        precision = search.precision.blend(now.hessian, jnp.minimum(1, rate))
         loc = search.loc - rate * precision.solve(now.gradient)
         there = estimate(loc, precision)
         covered = there.effective >= jnp.maximum(COVERED, now.effective / 2)
@@ -146,7 +151,7 @@ def step(
     more = noisy | (end.proposals > 1) | ~end.taken
     num_pairs = jnp.where(more, jnp.minimum(max_pairs, 2 * recycling.num_pairs), recycling.num_pairs)
     num_draws = (2 * recycling.num_pairs).astype(state.loc.dtype)
-    rate = _rate.next_rate(end.rate, first_rate, end.taken, end.proposals)
+    rate = _rate.next_rate(end.rate, first_rate, end.taken, end.proposals, jnp.where(far, jnp.inf, 1))
     kept = replace(
         state,
         recycling=Recycling(pool, num_pairs),

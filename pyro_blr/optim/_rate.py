@@ -86,11 +86,11 @@ def search(
     return next_state, proposal, accepted, tries
 
 
-def next_rate(rate: float, first_rate: float, accepted: bool, tries: int) -> float:
+def next_rate(rate: float, first_rate: float, accepted: bool, tries: int, longest: float = 1.0) -> float:
     """What the next step tries first: more after a first proposal that was accepted, less after none."""
     if not accepted:
         return CUT * first_rate
-    return min(1.0, GROW * rate) if tries == 1 else rate
+    return min(longest, GROW * rate) if tries == 1 else rate
 
 
 def squared_norm(gradient: Tensor, precision: Precision) -> Tensor:

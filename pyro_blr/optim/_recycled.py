@@ -12,7 +12,9 @@ One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.p
    (the scale of a hierarchy and what it scales), which would cost a stochastic step each.
 
 The n-th step whose natural gradient is inside its error caps the rate at 2 / (n + 2) as in `_rate.py`, times the draws
-that the pool is worth over the draws of a step: where the pool averages the noise away, the rate need not.
+that the pool is worth over the draws of a step: where the pool averages the noise away, the rate need not. Only beyond
+r² = 1e12 may the mean, and the mean alone, move further than a Newton step, which on the slope of an exponential is one
+unit: a start at a log density of −1e100 would take as many steps as it has powers of e.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ MAX_NUMBERS = 2**22  # of the Hessians that are kept
 MAX_PAIRS = 256
 COVERED = 16.0
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
+FAR = 1e12  # r²
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,14 @@ def step(
     error = recycled.squared_error(here, state.precision)
     noisy = residual < _rate.NOISE_RATIO * error
     noisy_steps = state.rate.noisy_steps + noisy
-    first_rate = min(state.rate.rate, _cap(noisy_steps, here.effective, recycling.num_pairs))
+    far = residual > FAR
+    longest = math.inf if far else _cap(noisy_steps, here.effective, recycling.num_pairs)
+    first_rate = min(state.rate.rate, longest)
 
     def attempt(search: _Search) -> _Search:
         now = search.moments
         rate = INNER_RATE if search.taken else search.rate
-        precision = search.precision.blend(now.hessian, rate)
+        precision = search.precision.blend(now.hessian, min(1.0, rate))
         loc = search.loc - rate * precision.solve(now.gradient)
         finite = all_finite(loc, precision.solve(loc), *scales_of(precision, blocks, state.radius))
         there = estimate(loc, precision) if finite else now
@@ -146,7 +151,7 @@ def step(
 
     more = noisy or end.proposals > 1 or not end.taken
     num_pairs = min(len(noise), 2 * recycling.num_pairs) if more else recycling.num_pairs
-    rate = _rate.next_rate(end.rate, first_rate, end.taken, end.proposals)
+    rate = _rate.next_rate(end.rate, first_rate, end.taken, end.proposals, math.inf if far else 1.0)
     kept = replace(
         state,
         recycling=Recycling(pool, num_pairs),

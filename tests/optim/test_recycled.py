@@ -94,6 +94,19 @@ def test_a_draw_without_a_finite_loss_moves_nothing_and_brings_the_next_ones_clo
     assert np.isfinite(backend.to_numpy(after.loc)).all() and backend.to_numpy(after.loc)[0] < 1
 
 
+def test_the_slope_of_an_exponential_is_left_in_fewer_steps_than_it_has_powers_of_e(backend):
+    """From ℓ = e²⁰⁰, where a Newton step is one unit, to where it is that again: r² of 1e12 is near e²⁸."""
+
+    def slope(xp, z):
+        return xp.exp(z[0]) - 3 * z[0] + (z**2).sum() / 8
+
+    step, state = stepper(backend, slope), started(backend, [200.0, 0.0], 100 * np.eye(2))
+    generator = np.random.default_rng(3)
+    for _ in range(80):
+        state, *_ = step(state, generator.normal(size=(4, 2)))
+    assert backend.to_numpy(state.loc)[0] < 35
+
+
 @pytest.mark.parametrize("loss", [quadratic, counts])
 def test_both_packages_take_the_same_steps(both, loss):
     generator = np.random.default_rng(6)
