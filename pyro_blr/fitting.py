@@ -38,7 +38,7 @@ __all__ = ["Check", "fit", "judge", "num_steps_between_checks"]
 
 _CHOICES = ("auto", True, False, "inductor")
 BETWEEN_CHECKS, SHARE_BETWEEN_CHECKS = 5, 20
-TRACED_AFTER = 30  # steps: tracing takes the time of about as many
+_TRACED_AFTER = 30  # steps: tracing takes the time of about as many
 MIN_EFFECTIVE, MIN_AVERAGED, MAX_AVERAGED_RATE = 8.0, 60, 0.1
 PSIS_DRAWS = 300
 
@@ -113,7 +113,7 @@ def fit(
     with tqdm(total=max_steps, disable=not progress_bar) as bar:
         while len(losses) < max_steps and not converged:
             num_steps = num_steps_between_checks(len(losses), max_steps)
-            optimizer.compile = compile if compile != "auto" or len(losses) >= TRACED_AFTER else False
+            optimizer.compile = compile if compile != "auto" or len(losses) >= _TRACED_AFTER else False
             losses = np.append(losses, [optimizer.advance(svi, *args, **kwargs) for _ in range(num_steps)])
             opt_state: Any = optimizer.state
             if minibatch is None:  # not before the first step, which sets the guide up
@@ -331,7 +331,7 @@ def _compiled(optimizer: BLR, compile: bool | str) -> str:
     if not compile:
         return "not traced: compile=False"
     if not optimizer.compile:
-        return f"not traced: ended within the {TRACED_AFTER} steps in which tracing does not pay"
+        return f"not traced: ended within the {_TRACED_AFTER} steps in which tracing does not pay"
     if optimizer.traced_reason is not None:
         return f"not traced: {optimizer.traced_reason or 'the guide has no Gaussian site'}"
     return "traced and compiled" if compile == "inductor" else "traced"
