@@ -6,5 +6,6 @@ from .guides import natural_param as natural_param
 from .optim.blr import BLR as BLR
 from .optim.contributions import merge as merge
 from .optim.contributions import site_contributions as site_contributions
+from .optim.ivon import IVON as IVON
 
-__all__ = ["BLR", "AutoExponentialFamily", "fit", "merge", "natural_param", "site_contributions"]
+__all__ = ["BLR", "IVON", "AutoExponentialFamily", "fit", "merge", "natural_param", "site_contributions"]

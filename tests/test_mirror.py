@@ -16,9 +16,12 @@ MODULES = sorted(str(path.relative_to(ROOT / PACKAGES[0])) for path in (ROOT / P
 FRAMEWORKS = {"numpyro_blr": ("jax", "numpyro"), "pyro_blr": ("torch", "pyro")}
 
 # What one host asks for and the other does not; everything else has the same name and the same parameters in both. A
-# name that no longer differs has to leave the list. `_svi.py` and `_layout.py`, which know the host, share these alone.
+# name that no longer differs has to leave the list. `_svi.py`, `_layout.py` and `_weights.py`,
+# which know the host, share these alone.
 FORWARD_MODE = "forward="  # a parameter that only JAX has a use for
 DIFFERENCES = {
+    "__init__.py": {"__all__"},  # a torch module becomes one site by `BayesianModule`; NumPyro has its own for JAX's
+    "guides/__init__.py": {"__all__"},
     # distributions that a host lacks are written to its own conventions
     "families/__init__.py": {
         "__all__",
@@ -74,6 +77,16 @@ DIFFERENCES = {
         "__all__", "all_finite", "field_of", "losses_at", "select",
     },
     "optim/_rate.py": {"not_worse"},  # JAX says which pairs of an array of a fixed size are there
+    "optim/_ivon.py": {
+        # tensors are written in place, and a part of a network is several of them
+        "__all__", "Prior.known", "State", "average", "debias", "init", "second_moment_of", "step", "surrogate",
+        "surrogate_loss", "tensors_of", "Shapes",
+    },
+    "optim/ivon.py": {
+        # the optimizer's interface, which is the host's, and how the host runs on several devices
+        "IVON.__init__", "IVON.init", "IVON.eval_and_update", "IVON.eval_and_stable_update", "IVON.get_params",
+        "IVON.get_state", "IVON.set_state", "IVONState", "IVONState.covers", "Statistics",
+    },
     "optim/blr.py": {
         # the optimizer's interface, which is the host's, and the state that the host carries or lets it carry
         "BLR.init", "BLR.eval_and_update", "BLR.eval_and_stable_update", "BLR.get_params", "BLR.get_state",
@@ -81,8 +94,9 @@ DIFFERENCES = {
         "BLR.advance", "BLR.traced_reason",  # a step on the traced loss, without the host's own evaluation
     },
 }  # fmt: skip
-ALONE = {"pyro_blr": {"optim/_traced.py"}}  # JAX traces by itself
+ALONE = {"pyro_blr": {"optim/_traced.py", "guides/bayesian_module.py"}}  # JAX traces by itself, NumPyro lifts modules
 COMMON = {
+    "optim/_weights.py": {"LogDensity", "LogDensity.log_prob", "Perturb", "check_layout", "survey"},
     "optim/_svi.py": {
         "Members", "Redraw", "Redraw.weight", "calling_svi", "check_loss", "check_params", "host_optimizer",
         "objective_of", "report_skipped", "standard_normal",

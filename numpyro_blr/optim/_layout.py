@@ -112,12 +112,14 @@ class Layout:
         return tuple(site.block for site in self.sites)
 
 
-def recognise(svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any], *, learned_scales_only: bool) -> Layout:
+def recognise(
+    svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any], *, learned_scales_only: bool, rule: str = "BLR"
+) -> Layout:
     """The sites of `svi.guide` that are members of exponential families and the parameters that feed them.
 
     A parameter feeds an array if a random value given to the parameter comes back as that array, all of it or the
     rows of a subsampled plate. Derived arrays (a scale that is computed in the guide, a neural network's output) do
-    not come back and are left to the other optimizer.
+    not come back and are left to the other optimizer. Messages call the optimizer `rule`.
     """
     guide_trace, fed, arrays, naturals = _probe(svi, args, {**kwargs, **svi.static_kwargs}, params)
     found, members = [], _joint_members(guide_trace, params)
@@ -145,7 +147,7 @@ def recognise(svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any], *,
     claimed = {param for site in sites for param in (site.loc, site.scale)}
     claimed |= {param for member in members for param in member.params}
     layout = Layout(tuple(sites), tuple(members), tuple(name for name in params if name not in claimed))
-    _report(layout, guide_trace)
+    _report(layout, guide_trace, params, rule)
     _check_particles(svi, layout, guide_trace)
     return layout
 
@@ -313,7 +315,7 @@ def _match(
         return None
     if isinstance(base, dist.LowRankMultivariateNormal):
         raise ValueError(
-            f"BLR has no natural gradient for the low-rank covariance of site '{name}' yet. "
+            f"There is no natural gradient for the low-rank covariance of site '{name}' yet. "
             "Use AutoMultivariateNormal (full rank) or AutoNormal (mean field, preconditioned by a dense precision)."
         )
     if isinstance(base, dist.MultivariateNormal):
@@ -380,7 +382,7 @@ def natural_rows(natural: Natural, event_dim: int, frames: list[tuple[int, int, 
     return type(natural)(*(rows_of(leaf, rank + event_dim, frames) for leaf, rank in leaves))
 
 
-def _report(layout: Layout, guide_trace: dict) -> None:
+def _report(layout: Layout, guide_trace: dict, params: Mapping[str, Any], rule: str) -> None:
     sites = {
         name: unwrap(message["fn"])[0]
         for name, message in guide_trace.items()
@@ -389,13 +391,15 @@ def _report(layout: Layout, guide_trace: dict) -> None:
     if not layout.sites and not layout.members:
         described = ", ".join(f"'{name}': {type(fn).__name__}" for name, fn in sites.items()) or "no site at all"
         raise ValueError(
-            "BLR expected a guide with sites of exponential families (Normal, MultivariateNormal, Delta, Gamma, Beta, "
-            f"Dirichlet, Categorical, ...) whose parameters are parameters; the guide has {described}. Use AutoNormal, "
-            "AutoMultivariateNormal or AutoExponentialFamily, or numpyro.optim.Adam for this guide."
+            f"{rule} expected a guide with sites of exponential families (Normal, MultivariateNormal, Delta, Gamma, "
+            "Beta, Dirichlet, Categorical, ...) whose parameters are parameters; the guide has "
+            f"{described}. Use AutoNormal, AutoMultivariateNormal or AutoExponentialFamily, or numpyro.optim.Adam for "
+            "this guide."
         )
-    if layout.others:
+    others = [name for name in layout.others if jax.tree.leaves(params[name])]  # a module's shapes alone need no one
+    if others:
         warnings.warn(
-            f"BLR: the parameters {', '.join(layout.others)} belong to no site that BLR recognises; they are "
+            f"{rule}: the parameters {', '.join(others)} belong to no site that {rule} recognises; they are "
             "updated by `others` (numpyro.optim.Adam(1e-3) unless given) from the same gradients.",
             stacklevel=5,
         )

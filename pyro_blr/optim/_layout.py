@@ -123,13 +123,22 @@ class Layout:
 
 
 def recognise(
-    svi: SVI, loss: Any, args: tuple, kwargs: dict, params: Iterable[Tensor], *, stock_gradients: bool
+    svi: SVI,
+    loss: Any,
+    args: tuple,
+    kwargs: dict,
+    params: Iterable[Tensor],
+    *,
+    stock_gradients: bool,
+    rule: str = "BLR",
+    alone: bool = True,
 ) -> Layout:
     """The sites of `svi.guide` that are members of exponential families and the parameters that feed them.
 
     A parameter feeds an array if a random value given to the parameter comes back as that array, all of it or the
     rows of a subsampled plate. Derived arrays (a scale that is computed in the guide, a neural network's output) do
-    not come back and are left to the other optimizer.
+    not come back and are left to the other optimizer. Messages call the optimizer `rule`; where it is not `alone` with
+    these sites, there may be none.
     """
     params = [param for param in params if param.requires_grad]
     with _random_values(params), pyro.poutine.block(), Probe(params) as probe, undisturbed(), torch.no_grad():
@@ -176,7 +185,7 @@ def recognise(
         constraints={name: probe.constraints[name] for name in claimed},
         others=dict(sorted(others.items())),
     )
-    _report(layout, probe)
+    _report(layout, probe, rule, alone)
     _check_plates(loss, layout, probe, stock_gradients)
     return layout
 
@@ -302,7 +311,7 @@ def _match(name: str, message: Any, probe: Probe) -> tuple[str, tuple[str, ...],
         return None
     if isinstance(base, torch.distributions.LowRankMultivariateNormal):
         raise ValueError(
-            f"BLR has no natural gradient for the low-rank covariance of site '{name}' yet. "
+            f"There is no natural gradient for the low-rank covariance of site '{name}' yet. "
             "Use AutoMultivariateNormal (full rank) or AutoNormal (mean field, preconditioned by a dense precision)."
         )
     if isinstance(base, torch.distributions.MultivariateNormal):
@@ -423,20 +432,21 @@ def _identity(constraint: Any) -> bool:
     )
 
 
-def _report(layout: Layout, probe: Probe) -> None:
-    if not layout.sites and not layout.members:
+def _report(layout: Layout, probe: Probe, rule: str, alone: bool) -> None:
+    if alone and not layout.sites and not layout.members:
         described = (
             ", ".join(f"'{name}': {type(unwrap(msg['fn'])[0]).__name__}" for name, msg in probe.samples.items())
             or "no site at all"
         )
         raise ValueError(
-            "BLR expected a guide with sites of exponential families (Normal, MultivariateNormal, Delta, Gamma, Beta, "
-            f"Dirichlet, Categorical, ...) whose parameters are parameters; the guide has {described}. Use AutoNormal, "
-            "AutoMultivariateNormal or AutoExponentialFamily, or pyro.optim.Adam for this guide."
+            f"{rule} expected a guide with sites of exponential families (Normal, MultivariateNormal, Delta, Gamma, "
+            "Beta, Dirichlet, Categorical, ...) whose parameters are parameters; the guide has "
+            f"{described}. Use AutoNormal, AutoMultivariateNormal or AutoExponentialFamily, or pyro.optim.Adam for "
+            "this guide."
         )
     if layout.others:
         warnings.warn(
-            f"BLR: the parameters {', '.join(layout.others)} belong to no site that BLR recognises; they are "
+            f"{rule}: the parameters {', '.join(layout.others)} belong to no site that {rule} recognises; they are "
             "updated by `others` (pyro.optim.Adam({'lr': 1e-3}) unless given) from the same gradients.",
             stacklevel=5,
         )

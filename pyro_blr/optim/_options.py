@@ -6,9 +6,21 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["checked_estimator", "checked_num_draws", "checked_rate", "checked_schedule_value", "checked_temperature"]
+__all__ = [
+    "checked_count",
+    "checked_estimator",
+    "checked_memory",
+    "checked_num_draws",
+    "checked_positive",
+    "checked_preconditioner",
+    "checked_rate",
+    "checked_schedule",
+    "checked_schedule_value",
+    "checked_temperature",
+]
 
 ESTIMATORS = ("auto", "hessian", "hutchinson", "gradient")
+PRECONDITIONERS = ("factored", "posterior")
 SCHEDULE_PROBES = (0, *(2**k for k in range(21)))
 
 
@@ -65,8 +77,49 @@ def checked_num_draws(num_draws: Any) -> int:
 
 
 def checked_temperature(temperature: Any) -> float:
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a positive number, got {temperature!r}.")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}; 1 is Bayes.")
-    return float(temperature)
+    return checked_positive("temperature", temperature, hint="; 1 is Bayes")
+
+
+def checked_positive(name: str, value: Any, *, finite: bool = True, hint: str = "") -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a positive number, got {value!r}.")
+    if not value > 0 or (finite and not math.isfinite(value)):
+        raise ValueError(f"{name} must be positive{' and finite' if finite else ''}, got {value}{hint}.")
+    return float(value)
+
+
+def checked_schedule(name: str, value: Any) -> float | Callable:
+    """A positive number, or a function of the step that is positive at the steps 0, 1, 2, 4, ..., 2²⁰."""
+    if not callable(value):
+        return checked_positive(name, value)
+    for count in SCHEDULE_PROBES:
+        if not (float(value(count)) >= 0 and math.isfinite(float(value(count)))):
+            raise ValueError(
+                f"a schedule of the {name} must not be negative, got {float(value(count))} at step {count}."
+            )
+    return value
+
+
+def checked_memory(name: str, value: Any) -> float:
+    """β of an average over about 1/(1 − β) steps."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}.")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}: an average remembers about 1/(1 - {name}) steps.")
+    return float(value)
+
+
+def checked_count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer of at least 1, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+    return value
+
+
+def checked_preconditioner(preconditioner: Any) -> str:
+    if preconditioner not in PRECONDITIONERS:
+        raise ValueError(
+            f"preconditioner must be one of {', '.join(map(repr, PRECONDITIONERS))}; got {preconditioner!r}."
+        )
+    return preconditioner

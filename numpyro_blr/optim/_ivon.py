@@ -1,0 +1,252 @@
+"""The rule of IVON: a diagonal Gaussian over many weights, moved by first-order gradients.
+
+With q(w) = N(m, diag σ²), N data, ℓ̄ the loss averaged over them, a prior N(m₀, 1/(N δ)) and temperature τ:
+
+    σ² = τ / (N (h + δ))                                   h is the curvature of ℓ̄, N δ the precision of the prior
+    ĝ = ∇ℓ̄(m + σ ε)                                        the gradient at the drawn weights
+    ĥ = ε ĝ / σ        or        ε (ĝ − ḡ) / σ − h (ε² − 1)                                  `curvature`
+    ḡ ← β₁ ḡ + (1 − β₁) ĝ
+    h ← β₂ h + (1 − β₂) ĥ,  kept in the domain                                               `averaged_hessian`
+    m ← m − α · direction                                                                    `step`
+
+Both ĥ estimate E_q[diag ∇²ℓ̄] (Price's theorem). The second takes from ℓ̄ its quadratic surrogate ⟨ḡ, w⟩ + ½ h (w − m)²,
+whose own share is known: what is left has no noise where the surrogate is exact, where ε ĝ / σ keeps |ĝ| / σ for ever.
+
+The posterior's precision and the preconditioner of the mean are two things: E_q[∇ℓ] = 0 is the same point for every
+preconditioner. `"factored"` moves the mean by the root of the averaged squares of the gradient at the drawn weights. Of
+a matrix it keeps the means of its rows and columns alone, and it moves in units s₀ of the prior's standard deviation,
+as if the coordinates were (w − m₀)/s₀:
+
+    R, C ← β₃ (R, C) + (1 − β₃) mean over (columns, rows) of (ĝ + δ (m − m₀))²
+    v = R Cᵀ / mean(R) / (1 − β₃ᵗ)                                                   `second_moment_of`
+    g̃ = β₁ ḡ/(1 − β₁ᵗ⁺¹) + (1 − β₁) ĝ/(1 − β₁ᵗ)                                      Nesterov momentum
+    direction = s₀ clip((g̃ + δ (m − m₀)) / (√v + 10⁻⁸), ±c)
+
+`"posterior"` is the published recursion, in which the two coincide:
+
+    direction = (h₀ + δ) clip((ḡ/(1 − β₁ᵗ) + δ (m − m₀)) / (h + δ), ±c)                        h₀ = `hess_init`
+
+Source: Shen et al. 2024, "Variational Learning is Effective for Large Deep Networks" (ICML), Algorithm 1; Shazeer &
+Stern 2018, "Adafactor", section 3 (rows and columns); Dozat 2016 (Nesterov momentum for Adam); Khan & Rue 2023.
+Paper's symbols: N = `num_data`, h = `hessian`, ḡ = `momentum`, α = `learning_rate`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+__all__ = [
+    "Prior",
+    "Settings",
+    "State",
+    "curvature",
+    "init",
+    "kl_divergence",
+    "scale_of",
+    "step",
+    "surrogate",
+    "surrogate_loss",
+]
+
+Weights = dict[str, Array]  # by site
+TINY = 1e-8  # Adam's ε, beside the root of the second moment of a gradient of the averaged loss
+
+
+class Prior(NamedTuple):
+    """N(loc, 1/(N δ)) of a site, in the units of the averaged loss; δ = 0 where the loss holds the prior's term.
+
+    Attributes:
+        loc: m₀, broadcast to the site.
+        precision: δ, the precision over N, broadcast to the site.
+    """
+
+    loc: Array
+    precision: Array
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What does not change from step to step.
+
+    Attributes:
+        num_data: N.
+        preconditioner: `"factored"` or `"posterior"`.
+        beta1, beta2, beta3: memory of ḡ, h and v.
+        hess_init: h₀.
+        clip_radius: c.
+    """
+
+    num_data: float
+    preconditioner: str
+    beta1: float
+    beta2: float
+    beta3: float
+    hess_init: float
+    clip_radius: float
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """The Gaussian and its averages, by site.
+
+    Attributes:
+        count: t, steps so far.
+        loc: m.
+        momentum: ḡ.
+        hessian: h.
+        second_moment: (R, C) of v, [rows, 1] and [1, columns] of the site seen as a matrix, or v alone where it is a
+            vector; without entries where the preconditioner is the posterior.
+        skipped: steps so far that left everything else as it was, because the loss or a gradient was not finite.
+    """
+
+    count: Array
+    loc: Weights
+    momentum: Weights
+    hessian: Weights
+    second_moment: dict[str, tuple[Array, ...]]
+    skipped: Array
+
+
+def init(loc: Mapping[str, Array], settings: Settings) -> State:
+    """The state at m = `loc` and h = h₀."""
+    published = settings.preconditioner == "posterior"
+    return State(
+        count=jnp.zeros((), jnp.int32),
+        loc={name: jnp.array(value) for name, value in loc.items()},
+        momentum={name: jnp.zeros_like(value) for name, value in loc.items()},
+        hessian={name: jnp.full_like(value, settings.hess_init) for name, value in loc.items()},
+        second_moment=({} if published else {name: means(jnp.zeros_like(value)) for name, value in loc.items()}),
+        skipped=jnp.zeros((), jnp.int32),
+    )
+
+
+def scale_of(hessian: Array, prior: Prior, num_data: float, temperature: Array | float) -> Array:
+    """σ = √(τ / (N (h + δ)))"""
+    return jnp.sqrt(temperature / (num_data * (hessian + prior.precision))).astype(hessian.dtype)
+
+
+def surrogate(state: State, settings: Settings) -> dict[str, tuple[Array, Array]]:
+    """(ḡ/(1 − β₁ᵗ), h) of each site, of the ⟨ḡ, w⟩ + ½ h (w − m)² that is taken from the loss; (0, 0) as published."""
+    if settings.preconditioner == "posterior":
+        return {name: (jnp.zeros((), m.dtype), jnp.zeros((), m.dtype)) for name, m in state.loc.items()}
+    count = jnp.maximum(state.count, 1)
+    return {
+        name: (state.momentum[name] / debias(settings.beta1, count, m.dtype), state.hessian[name])
+        for name, m in state.loc.items()
+    }
+
+
+def surrogate_loss(loc: Array, scale: Array, surrogate: tuple[Array, Array]) -> Array:
+    """E_q[⟨ḡ, w⟩ + ½ h (w − m)²] = ⟨ḡ, m⟩ + ½ Σ h σ²"""
+    slope, hessian = surrogate
+    return jnp.sum(slope * loc + 0.5 * hessian * scale**2)
+
+
+def curvature(product: Array, scale: Array, hessian: Array) -> Array:
+    """ĥ = h + σ ε (ĝ − ḡ − h σ ε) / σ², from the `product` over σ², averaged over particles.
+
+    The product is σ times the gradient, with respect to σ, of ℓ̄ less its surrogate. Without a surrogate h and ḡ are 0.
+    """
+    return hessian + product / scale**2
+
+
+def averaged_hessian(hessian: Array, estimate: Array, prior: Prior, settings: Settings) -> Array:
+    """h ← β₂ h + (1 − β₂) ĥ, and what keeps h + δ positive.
+
+    The published recursion always adds (1 − β₂)² (h − ĥ)² / (2 (h + δ)), a Riemannian step that can never leave the
+    domain, at the price of a bias upwards by (1 − β₂) Var(ĥ) / (2 (h + δ)) in the long run. The other takes the
+    straight step wherever that keeps half of the precision, and half of it elsewhere.
+    """
+    forgotten = 1 - settings.beta2
+    straight = hessian + forgotten * (estimate - hessian)
+    if settings.preconditioner == "posterior":
+        return straight + 0.5 * (forgotten * (hessian - estimate)) ** 2 / (hessian + prior.precision)
+    return jnp.maximum(straight, 0.5 * (hessian - prior.precision))
+
+
+def step(
+    state: State,
+    gradient: Mapping[str, Array],
+    estimate: Mapping[str, Array],
+    priors: Mapping[str, Prior],
+    learning_rate: Array | float,
+    settings: Settings,
+) -> State:
+    """One step of every site from ĝ = `gradient` and ĥ = `estimate`, of the part of ℓ̄ that the priors are not."""
+    count = state.count + 1
+    loc, momentum, hessian, second_moment = {}, {}, {}, {}
+    for name, m in state.loc.items():
+        dtype, prior = m.dtype, priors[name]
+        pull = prior.precision * (m - prior.loc)
+        momentum[name] = average(state.momentum[name], gradient[name], settings.beta1)
+        hessian[name] = averaged_hessian(state.hessian[name], estimate[name], prior, settings)
+        if settings.preconditioner == "posterior":
+            ascent = momentum[name] / debias(settings.beta1, count, dtype) + pull
+            unit, root = settings.hess_init + prior.precision, hessian[name] + prior.precision
+        else:
+            squares = means((gradient[name] + pull) ** 2)
+            second_moment[name] = jax.tree.map(
+                lambda old, new: average(old, new, settings.beta3), state.second_moment[name], squares
+            )
+            ahead = settings.beta1 * momentum[name] / debias(settings.beta1, count + 1, dtype)
+            ascent = ahead + (1 - settings.beta1) * gradient[name] / debias(settings.beta1, count, dtype) + pull
+            unit = prior_scale(prior, settings.num_data)
+            v = second_moment_of(second_moment[name], m.shape) / debias(settings.beta3, count, dtype)
+            root = jnp.sqrt(v) + TINY
+        direction = unit * jnp.clip(ascent / root, -settings.clip_radius, settings.clip_radius)
+        loc[name] = (m - learning_rate * direction).astype(dtype)
+    return replace(state, count=count, loc=loc, momentum=momentum, hessian=hessian, second_moment=second_moment)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of an array seen as a matrix: its axes are parted where the two sides are most alike."""
+    parts = [(math.prod(shape[:axis]), math.prod(shape[axis:])) for axis in range(1, len(shape))]
+    return min(parts, key=lambda part: max(part))
+
+
+def means(squares: Array) -> tuple[Array, ...]:
+    """The means over columns, [rows, 1], and over rows, [1, columns]; of a vector, the vector."""
+    if squares.ndim < 2:
+        return (squares,)
+    matrix = squares.reshape(matrix_shape(squares.shape))
+    return matrix.mean(1, keepdims=True), matrix.mean(0, keepdims=True)
+
+
+def second_moment_of(factors: tuple[Array, ...], shape: tuple[int, ...]) -> Array:
+    """R Cᵀ / mean(R), the array of rank one with these means of rows and columns."""
+    if len(factors) == 1:
+        return factors[0]
+    rows, columns = factors
+    return (rows / jnp.maximum(rows.mean(), jnp.finfo(rows.dtype).tiny) * columns).reshape(shape)
+
+
+def average(old: Array, new: Array, memory: float) -> Array:
+    return memory * old + (1 - memory) * new
+
+
+def debias(memory: float, count: Array, dtype: jnp.dtype) -> Array:
+    """1 − βᵗ: how much of an average that began at zero is data."""
+    return 1 - jnp.asarray(memory, dtype) ** count.astype(dtype)
+
+
+def prior_scale(prior: Prior, num_data: float) -> Array:
+    """s₀ = 1/√(N δ), and 1 where the prior is not known."""
+    precision = num_data * prior.precision
+    return jnp.where(precision > 0, 1 / jnp.sqrt(jnp.where(precision > 0, precision, 1.0)), 1.0)
+
+
+def kl_divergence(loc: Array, scale: Array, prior: Prior, num_data: float) -> Array:
+    """KL(q ‖ prior) = ½ Σ (σ² + (m − m₀)²) N δ − log(σ² N δ) − 1; −H(q) where the prior is not known."""
+    precision = num_data * prior.precision
+    known = precision > 0
+    expected = jnp.where(known, precision * (scale**2 + (loc - prior.loc) ** 2), 1.0)
+    log_base = jnp.where(known, jnp.log(jnp.where(known, precision, 1.0)), jnp.log(2 * jnp.pi) + 1)
+    return 0.5 * jnp.sum(expected - 2 * jnp.log(scale) - log_base - 1)

@@ -1,0 +1,185 @@
+"""NumPyro's model and loss, seen from a rule for many weights: part by part, at draws of its own.
+
+A part is a site of the guide. Every array keeps the shape of its site: a vector of all weights costs a copy of them at
+every step, and is no faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import Array, random
+from numpyro.distributions import constraints
+from numpyro.distributions.util import sum_rightmost
+from numpyro.handlers import block, replay, seed, substitute, trace
+from numpyro.infer import SVI
+from numpyro.primitives import Messenger
+
+from ._ivon import Prior, Weights
+from ._layout import Layout, Site, subsampled, unwrap
+
+__all__ = ["LogDensity", "Perturb", "check_layout", "placeholders", "survey"]
+
+
+def check_layout(layout: Layout) -> None:
+    """A rule for independent Normals takes no other family, and no Normal with one parameter for its two."""
+    foreign = [site.name for site in layout.sites if site.block.structure != "diagonal" or site.scale is None]
+    foreign += [member.name for member in layout.members]
+    if foreign or not layout.sites:
+        raise ValueError(
+            "IVON expected a mean-field guide, whose sites are Normals with parameters for location and scale; "
+            f"{', '.join(map(repr, foreign)) or 'no site'} is different. Use AutoNormal or AutoDiagonalNormal, or BLR."
+        )
+
+
+def placeholders(layout: Layout, loc: Weights) -> dict[str, Array]:
+    """Values of the guide's own parameters, of which nothing depends once `Perturb` has given every site its value."""
+    return {name: jnp.zeros_like(loc[site.name]) for site in layout.sites for name in (site.loc, site.scale) if name}
+
+
+def survey(svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]) -> tuple[float, dict]:
+    """N and the prior of each site, in the units of the averaged loss, read off the model.
+
+    N is the number of data that the loss stands for: the sum over the observed sites of the scale (of a subsampled
+    plate, or of a handler) of each of their elements. A site has a `Prior` of its own where the model gives it a Normal
+    whose parameters are constants; elsewhere δ = 0, and the prior's term stays in the loss.
+    """
+    kwargs = {**kwargs, **svi.static_kwargs}
+    constrained = svi.constrain_fn(dict(params))
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs, constrained))):
+        raise TypeError(
+            "IVON reads the number of data and the prior off the model in SVI.init, and was given traced values. "
+            "Call svi.init (or svi.run) outside of jit and vmap; svi.update may be traced."
+        )
+
+    @jax.jit  # what is asked for is a handful of constants; the network itself is left out when compiled
+    def look(key: Array) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+        with block(), seed(rng_seed=key):
+            guide_trace = trace(substitute(svi.guide, constrained)).get_trace(*args, **kwargs)
+            model = replay(substitute(svi.model, constrained), guide_trace)
+            model_trace = trace(model).get_trace(*args, **kwargs)
+        for site in layout.sites:
+            _check_site(guide_trace[site.name], guide_trace)
+        observed = [site for site in model_trace.values() if site["type"] == "sample" and site["is_observed"]]
+        num_data = sum((_num_elements(site) for site in observed), start=jnp.zeros(()))
+        return num_data, {
+            site.name: (base.loc, base.scale)
+            for site in layout.sites
+            if site.name in model_trace and (base := _normal(model_trace[site.name])) is not None
+        }
+
+    (num_data, first), (_, second) = look(random.key(0)), look(random.key(1))
+    if not num_data > 0:
+        raise ValueError(
+            "IVON found no data: the model has no observed site (`obs=`), or a scale of zero, and the rule "
+            "averages over the data. Pass the data to svi.init as to svi.update, or use BLR."
+        )
+    priors = {}
+    for site in layout.sites:
+        loc, precision = jnp.zeros(()), jnp.zeros(())
+        if site.name in first and _same(first[site.name], second[site.name]):
+            loc, scale = first[site.name]
+            precision = 1 / (num_data * scale**2)
+        dtype = params[site.loc].dtype
+        priors[site.name] = Prior(jnp.asarray(loc, dtype), jnp.asarray(precision, dtype))
+    return float(num_data), priors
+
+
+def _check_site(message: dict, guide_trace: dict) -> None:
+    if subsampled(message, guide_trace) or message["scale"] is not None:
+        raise ValueError(
+            f"IVON averages over all data, and the latent site '{message['name']}' is scaled or lies in a subsampled "
+            "plate, whose rows come and go. Use BLR for local latents; for a cold posterior use `temperature`."
+        )
+
+
+def _num_elements(message: dict) -> Array:
+    """Σ of the scale over the elements that are not masked; a batch that `to_event` made an event counts as a batch."""
+    fn, mask = message["fn"], None
+    while isinstance(fn, (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
+        if isinstance(fn, dist.MaskedDistribution):
+            mask = fn._mask if mask is None else mask & fn._mask
+        if isinstance(fn, dist.ExpandedDistribution):
+            break
+        fn = fn.base_dist
+    count = jnp.ones(fn.batch_shape) * (1.0 if message["scale"] is None else message["scale"])
+    return jnp.sum(count if mask is None else jnp.where(mask, count, 0.0))
+
+
+def _normal(message: dict) -> Any:
+    """The prior of a site, where it is a Normal for each of its elements."""
+    base, transforms = unwrap(message["fn"])
+    return base if isinstance(base, dist.Normal) and not transforms else None
+
+
+def _same(pair: tuple[Array, Array], other: tuple[Array, Array]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(pair, other, strict=True))
+
+
+class LogDensity(dist.Distribution):
+    """Stands for a distribution in the loss, by a log density that is known already, [*batch]."""
+
+    support = constraints.real
+    pytree_data_fields = ("log_density",)
+
+    def __init__(self, log_density: Array, event_shape: tuple[int, ...] = ()) -> None:
+        self.log_density = log_density
+        super().__init__(jnp.shape(log_density), event_shape)
+
+    def log_prob(self, value: Array) -> Array:
+        return self.log_density
+
+
+class Perturb(Messenger):
+    """Gives each site of the guide the value w = m + σ ε, with −⟨a, w⟩ − ½ b (w − m)² in place of its log q.
+
+    (a, b) are the site's `surrogate`. The sites whose prior is `known` lose their term in the model.
+
+    ε is a function of the key that the host gives the site, so that particles have draws of their own, and of the
+    position on `axis_name`, so that workers have.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        loc: Weights,
+        scale: Weights,
+        surrogate: Mapping[str, tuple[Array, Array]],
+        known: Collection[str],
+        axis_name: Any,
+    ) -> None:
+        super().__init__(None)
+        self.sites = {site.name: site for site in layout.sites}
+        self.loc, self.scale, self.surrogate = loc, scale, surrogate
+        self.known = known
+        self.axis_name = axis_name
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] != "sample" or msg["name"] not in self.sites:
+            return
+        if msg["value"] is None:
+            self._draw(msg, self.sites[msg["name"]])
+        elif msg["name"] in self.known:
+            msg["fn"] = LogDensity(jnp.zeros(msg["fn"].batch_shape), msg["fn"].event_shape)
+
+    def _draw(self, msg: dict, site: Site) -> None:
+        _, transforms = unwrap(msg["fn"])
+        loc, rng_key = self.loc[site.name], msg["kwargs"]["rng_key"]
+        if self.axis_name is not None:
+            rng_key = random.fold_in(rng_key, jax.lax.axis_index(self.axis_name))
+        offset = self.scale[site.name] * random.normal(rng_key, loc.shape, loc.dtype)
+        value = loc + offset
+        slope, curvature = self.surrogate[site.name]
+        log_density = -(slope * value + 0.5 * curvature * offset**2)
+        event_shape, num_event_axes = msg["fn"].event_shape, loc.ndim - len(msg["fn"].batch_shape)
+        log_density = sum_rightmost(log_density, num_event_axes)
+        for transform in transforms:
+            inner, value = value, transform(value)
+            jacobian = transform.log_abs_det_jacobian(inner, value)
+            log_density = log_density - sum_rightmost(jacobian, jacobian.ndim - log_density.ndim)
+        msg["value"], msg["fn"], msg["intermediates"] = value, LogDensity(log_density, event_shape), []

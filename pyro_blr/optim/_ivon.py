@@ -1,0 +1,265 @@
+"""The rule of IVON: a diagonal Gaussian over many weights, moved by first-order gradients.
+
+With q(w) = N(m, diag σ²), N data, ℓ̄ the loss averaged over them, a prior N(m₀, 1/(N δ)) and temperature τ:
+
+    σ² = τ / (N (h + δ))                                   h is the curvature of ℓ̄, N δ the precision of the prior
+    ĝ = ∇ℓ̄(m + σ ε)                                        the gradient at the drawn weights
+    ĥ = ε ĝ / σ        or        ε (ĝ − ḡ) / σ − h (ε² − 1)                                  `curvature`
+    ḡ ← β₁ ḡ + (1 − β₁) ĝ
+    h ← β₂ h + (1 − β₂) ĥ,  kept in the domain                                               `averaged_hessian`
+    m ← m − α · direction                                                                    `step`
+
+Both ĥ estimate E_q[diag ∇²ℓ̄] (Price's theorem). The second takes from ℓ̄ its quadratic surrogate ⟨ḡ, w⟩ + ½ h (w − m)²,
+whose own share is known: what is left has no noise where the surrogate is exact, where ε ĝ / σ keeps |ĝ| / σ for ever.
+
+The posterior's precision and the preconditioner of the mean are two things: E_q[∇ℓ] = 0 is the same point for every
+preconditioner. `"factored"` moves the mean by the root of the averaged squares of the gradient at the drawn weights. Of
+a matrix it keeps the means of its rows and columns alone, and it moves in units s₀ of the prior's standard deviation,
+as if the coordinates were (w − m₀)/s₀:
+
+    R, C ← β₃ (R, C) + (1 − β₃) mean over (columns, rows) of (ĝ + δ (m − m₀))²
+    v = R Cᵀ / mean(R) / (1 − β₃ᵗ)                                                   `second_moment_of`
+    g̃ = β₁ ḡ/(1 − β₁ᵗ⁺¹) + (1 − β₁) ĝ/(1 − β₁ᵗ)                                      Nesterov momentum
+    direction = s₀ clip((g̃ + δ (m − m₀)) / (√v + 10⁻⁸), ±c)
+
+`"posterior"` is the published recursion, in which the two coincide:
+
+    direction = (h₀ + δ) clip((ḡ/(1 − β₁ᵗ) + δ (m − m₀)) / (h + δ), ±c)                        h₀ = `hess_init`
+
+Source: Shen et al. 2024, "Variational Learning is Effective for Large Deep Networks" (ICML), Algorithm 1; Shazeer &
+Stern 2018, "Adafactor", section 3 (rows and columns); Dozat 2016 (Nesterov momentum for Adam); Khan & Rue 2023.
+Paper's symbols: N = `num_data`, h = `hessian`, ḡ = `momentum`, α = `learning_rate`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Prior",
+    "Settings",
+    "State",
+    "curvature",
+    "init",
+    "kl_divergence",
+    "scale_of",
+    "step",
+    "surrogate",
+]
+
+Weights = dict[str, Tensor]  # by name of the part
+Shapes = tuple[torch.Size, ...]
+TINY = 1e-8  # Adam's ε, beside the root of the second moment of a gradient of the averaged loss
+
+
+class Prior(NamedTuple):
+    """N(loc, 1/(N δ)) of a part, in the units of the averaged loss; δ = 0 where the loss holds the prior's term.
+
+    Attributes:
+        loc: m₀, a number or broadcast to the part.
+        precision: δ, the precision over N, a number or broadcast to the part.
+    """
+
+    loc: Tensor | float
+    precision: Tensor | float
+
+    @property
+    def known(self) -> bool:
+        """Whether the rule has the prior's share exactly."""
+        return isinstance(self.precision, Tensor) or self.precision > 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What does not change from step to step.
+
+    Attributes:
+        num_data: N.
+        preconditioner: `"factored"` or `"posterior"`.
+        beta1, beta2, beta3: memory of ḡ, h and v.
+        hess_init: h₀.
+        clip_radius: c.
+    """
+
+    num_data: float
+    preconditioner: str
+    beta1: float
+    beta2: float
+    beta3: float
+    hess_init: float
+    clip_radius: float
+
+
+@dataclass(frozen=True)
+class State:
+    """The Gaussian and its averages, by name of the part. The tensors are written in place.
+
+    A part is a site, or some tensors of a network, one after another in a vector, whose prior is the same.
+
+    Attributes:
+        count: t, steps so far.
+        shapes: of the tensors that a part consists of.
+        loc: m.
+        momentum: ḡ.
+        hessian: h.
+        second_moment: for each of these tensors, (R, C) of v, [rows, 1] and [1, columns] of the tensor seen as a
+            matrix, or v alone where it is a vector; none where the preconditioner is the posterior.
+        skipped: steps so far that left everything else as it was, because the loss or a gradient was not finite.
+    """
+
+    count: int
+    shapes: dict[str, Shapes]
+    loc: Weights
+    momentum: Weights
+    hessian: Weights
+    second_moment: dict[str, list[tuple[Tensor, ...]]]
+    skipped: int
+
+
+def init(
+    loc: Mapping[str, Tensor], hessian: Mapping[str, Tensor], shapes: Mapping[str, Shapes], settings: Settings
+) -> State:
+    """The state at m = `loc` and h = h₀; both are kept as they are given, and written from now on."""
+    published = settings.preconditioner == "posterior"
+    for value in hessian.values():
+        value.fill_(settings.hess_init)
+    return State(
+        count=0,
+        shapes=dict(shapes),
+        loc=dict(loc),
+        momentum={name: torch.zeros_like(value) for name, value in loc.items()},
+        hessian=dict(hessian),
+        second_moment=(
+            {name: [] for name in loc}
+            if published
+            else {name: [means(value.new_zeros(shape)) for shape in shapes[name]] for name, value in loc.items()}
+        ),
+        skipped=0,
+    )
+
+
+def scale_of(hessian: Tensor, prior: Prior, num_data: float, temperature: float) -> Tensor:
+    """σ = √(τ / (N (h + δ)))"""
+    return (hessian + prior.precision).mul_(num_data / temperature).rsqrt_()
+
+
+def surrogate(state: State, name: str, settings: Settings) -> tuple[Tensor, Tensor]:
+    """(ḡ/(1 − β₁ᵗ), h) of a part, of the ⟨ḡ, w⟩ + ½ h (w − m)² that is taken from the loss; (0, 0) as published."""
+    if settings.preconditioner == "posterior":
+        zero = state.loc[name].new_zeros(())
+        return zero, zero
+    return state.momentum[name] / debias(settings.beta1, max(state.count, 1)), state.hessian[name]
+
+
+def curvature(product: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
+    """ĥ = h + σ ε (ĝ − ḡ − h σ ε) / σ², from the `product` over σ², averaged over particles.
+
+    The product is σ times the gradient, with respect to σ, of ℓ̄ less its surrogate. Without a surrogate h and ḡ are 0.
+    """
+    return hessian + product / scale**2
+
+
+def averaged_hessian(hessian: Tensor, estimate: Tensor, prior: Prior, settings: Settings) -> Tensor:
+    """h ← β₂ h + (1 − β₂) ĥ, and what keeps h + δ positive.
+
+    The published recursion always adds (1 − β₂)² (h − ĥ)² / (2 (h + δ)), a Riemannian step that can never leave the
+    domain, at the price of a bias upwards by (1 − β₂) Var(ĥ) / (2 (h + δ)) in the long run. The other takes the
+    straight step wherever that keeps half of the precision, and half of it elsewhere.
+    """
+    forgotten = 1 - settings.beta2
+    straight = torch.lerp(hessian, estimate, forgotten)
+    if settings.preconditioner == "posterior":
+        return straight + 0.5 * (forgotten * (hessian - estimate)) ** 2 / (hessian + prior.precision)
+    return torch.maximum(straight, (hessian - prior.precision).mul_(0.5), out=straight)
+
+
+def step(
+    state: State,
+    statistics: Iterable[tuple[str, Tensor, Tensor]],
+    priors: Mapping[str, Prior],
+    learning_rate: float,
+    settings: Settings,
+) -> State:
+    """One step of every part from its (name, ĝ, ĥ), of the part of ℓ̄ that the priors are not."""
+    count = state.count + 1
+    for name, gradient, estimate in statistics:
+        m, momentum, hessian, prior = state.loc[name], state.momentum[name], state.hessian[name], priors[name]
+        pull = (m - prior.loc).mul_(prior.precision)
+        momentum.lerp_(gradient, 1 - settings.beta1)
+        hessian.copy_(averaged_hessian(hessian, estimate, prior, settings))
+        if settings.preconditioner == "posterior":
+            ascent = pull.add_(momentum, alpha=1 / debias(settings.beta1, count))
+            unit, root = settings.hess_init + prior.precision, hessian + prior.precision
+        else:
+            squares = torch.add(gradient, pull).square_().view(-1)
+            tensors, factors = tensors_of(squares, state.shapes[name]), state.second_moment[name]
+            new = [means(tensor) for tensor in tensors]
+            torch._foreach_lerp_([*sum(factors, ())], [*sum(new, ())], 1 - settings.beta3)
+            for tensor, pair in zip(tensors, factors, strict=True):
+                second_moment_of(pair, out=tensor)
+            root = squares.view(m.shape).div_(debias(settings.beta3, count)).sqrt_().add_(TINY)
+            ahead = settings.beta1 / debias(settings.beta1, count + 1)
+            ascent = pull.add_(momentum, alpha=ahead)
+            ascent.add_(gradient, alpha=(1 - settings.beta1) / debias(settings.beta1, count))
+            unit = prior_scale(prior, settings.num_data)
+        direction = ascent.div_(root)
+        if math.isfinite(settings.clip_radius):
+            direction.clamp_(-settings.clip_radius, settings.clip_radius)
+        m.sub_(direction.mul_(unit), alpha=learning_rate)
+    return replace(state, count=count)
+
+
+def tensors_of(part: Tensor, shapes: Shapes) -> list[Tensor]:
+    """The tensors of a part, as views of it."""
+    pieces = part.split([shape.numel() for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a tensor seen as a matrix: its axes are parted where the two sides are most alike."""
+    parts = [(math.prod(shape[:axis]), math.prod(shape[axis:])) for axis in range(1, len(shape))]
+    return min(parts, key=lambda part: max(part))
+
+
+def means(squares: Tensor) -> tuple[Tensor, ...]:
+    """The means over columns, [rows, 1], and over rows, [1, columns]; of a vector, the vector."""
+    if squares.ndim < 2:
+        return (squares.clone(),)
+    matrix = squares.view(matrix_shape(squares.shape))
+    return matrix.mean(1, keepdim=True), matrix.mean(0, keepdim=True)
+
+
+def second_moment_of(factors: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """R Cᵀ / mean(R), the tensor of rank one with these means of rows and columns."""
+    if len(factors) == 1:
+        return out.copy_(factors[0])
+    rows, columns = factors
+    scaled = rows / rows.mean().clamp_min(torch.finfo(rows.dtype).tiny)
+    return torch.mul(scaled, columns, out=out.view(matrix_shape(out.shape)))
+
+
+def debias(memory: float, count: int) -> float:
+    """1 − βᵗ: how much of an average that began at zero is data."""
+    return 1 - memory**count
+
+
+def prior_scale(prior: Prior, num_data: float) -> Tensor | float:
+    """s₀ = 1/√(N δ), and 1 where the prior is not known."""
+    return (num_data * prior.precision) ** -0.5 if prior.known else 1.0
+
+
+def kl_divergence(loc: Tensor, scale: Tensor, prior: Prior, num_data: float) -> Tensor:
+    """KL(q ‖ prior) = ½ Σ (σ² + (m − m₀)²) N δ − log(σ² N δ) − 1; −H(q) where the prior is not known."""
+    log_scale, size = scale.log().sum(), loc.numel()
+    if not prior.known:
+        return -log_scale - 0.5 * size * (math.log(2 * math.pi) + 1)
+    precision = torch.as_tensor(num_data * prior.precision, dtype=loc.dtype, device=loc.device)
+    squares = torch.square(loc - prior.loc).addcmul_(scale, scale)
+    expected = (squares * precision).sum() - precision.log().expand(loc.shape).sum()
+    return 0.5 * (expected - size) - log_scale
