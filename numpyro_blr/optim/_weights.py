@@ -100,15 +100,16 @@ def _check_site(message: dict, guide_trace: dict) -> None:
 
 def _num_elements(message: dict) -> Array:
     """Σ of the scale over the elements that are not masked; a batch that `to_event` made an event counts as a batch."""
-    fn, mask = message["fn"], None
+    fn = message["fn"]
+    weight = jnp.asarray(1.0 if message["scale"] is None else message["scale"], float) * jnp.ones(fn.batch_shape)
     while isinstance(fn, (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
         if isinstance(fn, dist.MaskedDistribution):
-            mask = fn._mask if mask is None else mask & fn._mask
-        if isinstance(fn, dist.ExpandedDistribution):
-            break
+            weight = jnp.where(fn._mask, weight, 0.0)
+        elif isinstance(fn, dist.Independent):
+            axes = fn.event_shape[: fn.reinterpreted_batch_ndims]
+            weight = weight.reshape(weight.shape + (1,) * len(axes)) * jnp.ones(axes)
         fn = fn.base_dist
-    count = jnp.ones(fn.batch_shape) * (1.0 if message["scale"] is None else message["scale"])
-    return jnp.sum(count if mask is None else jnp.where(mask, count, 0.0))
+    return weight.sum()
 
 
 def _normal(message: dict) -> Any:

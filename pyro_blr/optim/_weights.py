@@ -167,13 +167,17 @@ def _is_one(scale: Any) -> bool:
 
 def _num_elements(message: Any) -> float:
     """Σ of the scale over the elements that are not masked; a batch that `to_event` made an event counts as a batch."""
-    fn, mask = message["fn"], None
-    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
+    fn, mask = message["fn"], message["mask"]
+    weight = torch.as_tensor(message["scale"]).cpu() * torch.ones(fn.batch_shape, dtype=torch.float64)
+    weight = weight * torch.as_tensor(True if mask is None else mask).cpu()
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
         if isinstance(fn, dist.MaskedDistribution):
-            mask = fn._mask if mask is None else mask & fn._mask
+            weight = weight * torch.as_tensor(fn._mask).cpu()
+        elif isinstance(fn, torch.distributions.Independent):
+            axes = fn.event_shape[: fn.reinterpreted_batch_ndims]
+            weight = weight.reshape(*weight.shape, *len(axes) * [1]).expand(*weight.shape, *axes)
         fn = fn.base_dist
-    count = torch.ones(fn.batch_shape, dtype=torch.float64) * torch.as_tensor(message["scale"]).cpu()
-    return float(count.sum() if mask is None else count[torch.as_tensor(mask).cpu().expand(count.shape)].sum())
+    return float(weight.sum())
 
 
 def _latent_of(value: Tensor, model_trace: Any) -> str | None:
