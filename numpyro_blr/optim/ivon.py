@@ -194,6 +194,7 @@ class IVON(_NumPyroOptim):
         (loss, aux), (slope, scale_slope, g_own) = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)(
             weights.loc, scales, opt_state.params
         )
+        g_own = jax.tree.map(lambda g: settings.num_data * g, g_own)  # of the loss itself, as the host would hand it on
         gradient = {name: slope[name] + surrogate[name][0] for name in slope}
         estimate = {
             name: _ivon.curvature(scales[name] * scale_slope[name], scales[name], surrogate[name][1]) for name in slope
