@@ -149,6 +149,11 @@ class IVON(pyro.optim.PyroOptim):
         """The state for the parameters of `svi.guide` as they are now, or the one that was loaded for them."""
         _svi.check_params(params)
         loss = _svi.check_loss(svi)
+        if loss.vectorize_particles and loss.num_particles > 1:
+            raise ValueError(
+                f"IVON draws weights for one particle after the other; got {type(loss).__name__} with "
+                "vectorize_particles=True. Leave that out."
+            )
         layout, guides = _weights.find_layout(svi, loss, args, kwargs, params)
         num_data, priors, targets = _weights.survey(svi, args, kwargs, layout, guides)
         settings = Settings(
