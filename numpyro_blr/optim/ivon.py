@@ -130,9 +130,9 @@ class IVON(_NumPyroOptim):
 
     def init(self, params: Mapping[str, Any]) -> tuple[Array, IVONState]:
         """The state for SVI's unconstrained `params`; called by `SVI.init`, from which it learns guide and model."""
-        _svi.check_params(params)
-        svi, args, kwargs = _svi.calling_svi(SVI.init)
-        _svi.check_loss(svi.loss)
+        _svi.check_params(params, "IVON")
+        svi, args, kwargs = _svi.calling_svi(SVI.init, "IVON")
+        _svi.check_loss(svi.loss, "IVON")
         layout = recognise(svi, args, kwargs, params, learned_scales_only=True, rule="IVON")
         _weights.check_layout(layout)
         num_data, priors = _weights.survey(svi, args, kwargs, layout, params)
@@ -162,8 +162,8 @@ class IVON(_NumPyroOptim):
 
     def get_params(self, state: tuple[Array, IVONState]) -> dict[str, Any]:
         """The guide's unconstrained parameters; reports updates that were skipped, where the state is not traced."""
-        count, opt_state = _svi.checked_state(state, IVONState)
-        _svi.report_skipped(count, opt_state.skipped)
+        count, opt_state = _svi.checked_state(state, IVONState, "IVON")
+        _svi.report_skipped(count, opt_state.skipped, "IVON")
         params = dict(opt_state.params)
         scales = self._scales(opt_state)
         for site in opt_state.layout.sites:
@@ -175,7 +175,7 @@ class IVON(_NumPyroOptim):
         self, fn: Callable, state: tuple[Array, IVONState], forward_mode_differentiation: bool = False
     ) -> tuple[tuple[Array, Any], tuple[Array, IVONState]]:
         """One update on SVI's loss `fn`: ((the loss, with its KL divergence exact, host's auxiliary), next state)."""
-        count, opt_state = _svi.checked_state(state, IVONState)
+        count, opt_state = _svi.checked_state(state, IVONState, "IVON")
         if forward_mode_differentiation:
             raise ValueError(
                 "IVON needs the gradient of every weight, which forward mode gives one by one: leave out "
