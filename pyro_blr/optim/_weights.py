@@ -121,6 +121,8 @@ def survey(
     for site in layout.sites:
         _check_site(guide_trace.nodes[site.name])
         latent = _latent_of(guide_trace.nodes[site.name]["value"], model_trace)
+        if latent is not None:
+            _check_site(model_trace.nodes[latent])
         prior = None if latent is None else _known(model_trace.nodes[latent], again.nodes[latent])
         priors[site.name] = Prior(0.0, 0.0) if prior is None else Prior(prior[0], 1 / (num_data * prior[1] ** 2))
         targets.append(Target(site.name, {site.name: []}, None if prior is None else latent, None))
@@ -190,9 +192,12 @@ def _latent_of(value: Tensor, model_trace: Any) -> str | None:
 
 
 def _known(message: Any, again: Any) -> tuple[Tensor, Tensor] | None:
-    """(m₀, s₀) of a Normal prior that is the same for two values of all other sites."""
-    (base, transforms), (other, _) = unwrap(message["fn"]), unwrap(again["fn"])
-    if transforms or not isinstance(base, torch.distributions.Normal):
+    """(m₀, s₀) of a Normal prior, not masked, that is the same for two values of all other sites."""
+    (base, transforms), (other, _), fn = unwrap(message["fn"]), unwrap(again["fn"]), message["fn"]
+    while fn is not base and not isinstance(fn, dist.MaskedDistribution):
+        fn = fn.base_dist
+    masked = fn is not base or message["mask"] is not None
+    if masked or transforms or not isinstance(base, torch.distributions.Normal):
         return None
     same = torch.equal(base.loc, other.loc) and torch.equal(base.scale, other.scale)
     return (base.loc.detach().clone(), base.scale.detach().clone()) if same else None
