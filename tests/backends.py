@@ -6,13 +6,12 @@ only when their bridge is built, so that each can be tested where the other is n
 
 from __future__ import annotations
 
-import functools
 import io
 import pickle
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -310,11 +309,11 @@ class NumPyroBridge(Bridge):
     def ivon_step(self, state: Any, gradient: dict, estimate: dict, priors: dict, rate: float, settings: Any) -> Any:
         """A step of the rule from ĝ and ĥ, compiled by itself."""
         arrays = [{name: self.array(value) for name, value in values.items()} for values in (gradient, estimate)]
-        return self._ivon_step(settings)(state, *arrays, priors, self.array(rate))
+        return self._ivon_step(state, *arrays, priors, self.array(rate), settings)
 
-    @functools.cache  # noqa: B019: a bridge lives as long as the tests
-    def _ivon_step(self, settings: Any) -> Callable:
-        return self.jax.jit(partial(self.ivon.step, settings=settings))
+    @cached_property
+    def _ivon_step(self) -> Callable:
+        return self.jax.jit(self.ivon.step, static_argnums=5)
 
     def ivon_unknown_prior(self) -> Any:
         """Of a site whose prior's term stays in the loss."""

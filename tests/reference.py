@@ -388,10 +388,7 @@ def factored_ivon(
         s.beta3 * old + (1 - s.beta3) * new
         for old, new in zip((weights.rows, weights.columns), rows_and_columns((gradient + pull) ** 2), strict=True)
     )
-    if gradient.ndim < 2:
-        second_moment = rows
-    else:
-        second_moment = (np.outer(rows, columns) / rows.mean()).reshape(gradient.shape)
+    second_moment = rows if gradient.ndim < 2 else (np.outer(rows, columns) / rows.mean()).reshape(gradient.shape)
     nesterov = (
         s.beta1 * momentum / (1 - s.beta1 ** (count + 1)) + (1 - s.beta1) * gradient / (1 - s.beta1**count) + pull
     )

@@ -446,8 +446,8 @@ def nested(host, z):
 
 
 NUM_DATA = {
-    plated: 6, minibatch: 12, scaled: 15, event: 15, expanded_event: 15, vectors: 4, mask_of_rows: 4, mask_of_events: 6, mask_by_method: 4,
-    mask_of_a_minibatch: 8, two_sites: 6.5, nested: 40,
+    plated: 6, minibatch: 12, scaled: 15, event: 15, expanded_event: 15, vectors: 4, mask_of_rows: 4,
+    mask_of_events: 6, mask_by_method: 4, mask_of_a_minibatch: 8, two_sites: 6.5, nested: 40,
 }  # fmt: skip
 
 
@@ -466,7 +466,9 @@ def several_priors(host):
         other = host.sample("e", host.dist.Normal(0.0, scale))
         heavy = host.sample("f", host.dist.StudentT(4.0, 0.0, 1.0))
         wide = host.sample("g", host.dist.Normal(0.0, 0.25).expand([2, 2]).to_event(2))
-        total = center + vector.sum() + child + other + heavy + wide.sum()
+        with host.mask(host.integer(False)):
+            flat = host.sample("h", host.dist.Normal(0.0, 1.0))
+        total = center + vector.sum() + child + other + heavy + wide.sum() + flat
         with host.plate("data", 10):
             host.sample("y", host.dist.Normal(total, 1.0), obs=host.array(np.ones(10)))
 
@@ -474,13 +476,13 @@ def several_priors(host):
 
 
 def test_the_prior_is_the_models_where_it_is_a_normal_with_constant_parameters(backend):
-    """m₀ and N δ = 1/s₀²; δ = 0 where the prior depends on another site, or is none."""
+    """m₀ and N δ = 1/s₀²; δ = 0 where the prior depends on another site, is masked, or is no Normal."""
     state = backend.start(several_priors, MEAN_FIELD.make, (), rule="IVON").ivon_state
     priors = {name.removesuffix("_unconstrained"): prior for name, prior in state.priors.items()}
     for name, loc, precision in (("a", 0.5, 1 / 4), ("c", [0, 1], [1, 1 / 9]), ("g", np.zeros((2, 2)), 16.0)):
         assert_allclose(backend.to_numpy(priors[name].loc), loc, rtol=0, atol=0)
         assert_allclose(10 * backend.to_numpy(priors[name].precision) * np.ones_like(loc), precision, rtol=1e-14)
-    assert all(float(priors[name].precision) == 0 for name in "bdef")
+    assert all(float(priors[name].precision) == 0 for name in "bdefh")
 
 
 def test_a_site_that_takes_no_part_in_the_likelihood_goes_to_its_prior(backend):
@@ -547,3 +549,114 @@ def test_resumed_equals_not_stopping_bit_for_bit(backend, options):
     resumed = fit.stopped_and_resumed().run(4).params
     for name, value in straight.items():
         assert_array_equal(resumed[name], value)
+
+
+def breakable(host):
+    def model(y, trap):
+        z = host.sample("z", host.dist.Normal(0.0, 1.0))
+        with host.plate("data", 3):
+            host.sample("y", host.dist.Normal(z, 0.5), obs=y)
+        host.factor("trap", -host.xp.exp(trap + z**2))  # nothing, or minus infinity
+
+    return model
+
+
+SAFE, BROKEN = (np.ones(3), np.array(-1000.0)), (np.ones(3), np.array(800.0))
+
+
+def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(backend):
+    """But for the number of such updates, of which a warning tells; the next update goes on from there."""
+    fit = backend.start(breakable, cases.started("AutoNormal", {"z": np.array(0.2)}), SAFE, rule="IVON").run(3)
+    fields = ("loc", "momentum", "hessian")
+    before, params = {field: fit.ivon_arrays(field) for field in fields}, fit.params
+    safe, fit.args = fit.args, tuple(map(backend.argument, BROKEN))
+    with pytest.warns(UserWarning, match="IVON: 1 of 4 steps had a loss or gradient that is not finite"):
+        after = fit.run(1).params
+    for field in fields:
+        assert_array_equal(fit.ivon_arrays(field)["z"], before[field]["z"])
+    assert all(np.array_equal(after[name], value) for name, value in params.items())
+    state = fit.ivon_state
+    assert (int(state.weights.count), int(state.skipped)) == (3, 1)
+    fit.args = safe
+    fit.run(1)
+    state = fit.ivon_state
+    assert (int(state.weights.count), int(state.skipped)) == (4, 1)
+    assert np.isfinite(fit.ivon_arrays("loc")["z"]) and fit.ivon_arrays("loc")["z"] != before["loc"]["z"]
+
+
+@pytest.mark.filterwarnings("ignore:Encountered:UserWarning", "ignore:IVON:UserWarning")
+def test_ten_updates_of_which_none_is_finite_raise(backend):
+    fit = backend.start(breakable, cases.started("AutoNormal", {"z": np.array(0.2)}), SAFE, rule="IVON")
+    fit.args = tuple(map(backend.argument, BROKEN))
+    assert np.isfinite(fit.run(9).ivon_arrays("loc")["z"])
+    with pytest.raises(FloatingPointError, match=r"IVON: 10 of 10 steps.*init_to_median"):
+        fit.run(1).params  # noqa: B018
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def no_data(host):
+    return lambda: host.sample("z", host.dist.Normal(0.0, 1.0))
+
+
+def local_latents(host):
+    def model():
+        with host.plate("data", 6, subsample_size=2):
+            z = host.sample("z", host.dist.Normal(0.0, 1.0))
+            host.sample("y", host.dist.Normal(z, 1.0), obs=data(host, 2))
+
+    return model
+
+
+def scaled_latent(host):
+    def model():
+        with host.scale(0.5):
+            z = host.sample("z", host.dist.Normal(0.0, 1.0))
+        plated(host, z)
+
+    return model
+
+
+def local_guide(host, model):
+    def guide():
+        with host.plate("data", 6, subsample_size=2):
+            loc = host.param("loc", host.array(np.zeros(6)), event_dim=0)
+            scale = host.param("scale", host.array(np.ones(6)), constraint=host.constraints.positive, event_dim=0)
+            host.sample("z", host.dist.Normal(loc, scale))
+
+    return guide
+
+
+def gamma_guide(host, model):
+    def guide():
+        shape = host.param("shape", host.array(2.0), constraint=host.constraints.positive)
+        rate = host.param("rate", host.array(2.0), constraint=host.constraints.positive)
+        host.sample("z", host.dist.Gamma(shape, rate))
+
+    return guide
+
+
+def positive_plated(host):
+    def model():
+        plated(host, host.sample("z", host.dist.Gamma(2.0, 2.0)))
+
+    return model
+
+
+MODEL = observed(plated)
+REFUSED = {
+    "full rank": (MODEL, GUIDES["AutoMultivariateNormal"], r"mean-field guide.*is different.*AutoNormal"),
+    "a point": (MODEL, GUIDES["AutoDelta"], r"IVON expected a guide.*'z': Delta.*AutoNormal"),
+    "another family": (positive_plated, gamma_guide, r"mean-field guide.*'z' is different.*AutoNormal"),
+    "no data": (no_data, MEAN_FIELD.make, r"no data.*obs=.*BLR"),
+    "local latents": (local_latents, local_guide, r"the latent site 'z' is scaled or lies in a subsampled.*BLR"),
+    "a scaled latent": (scaled_latent, MEAN_FIELD.make, r"the latent site 'z' is scaled.*temperature"),
+}
+
+
+@pytest.mark.parametrize(("make", "make_guide", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_says_why_and_what_to_take(backend, make, make_guide, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        backend.start(make, make_guide, (), rule="IVON").run(1)
