@@ -80,7 +80,7 @@ DIFFERENCES = {
     "optim/_ivon.py": {
         # tensors are written in place, and a part of a network is several of them
         "__all__", "Prior.known", "State", "average", "debias", "init", "second_moment_of", "step", "surrogate",
-        "surrogate_loss", "tensors_of", "Shapes",
+        "tensors_of", "Shapes",
     },
     "optim/ivon.py": {
         # the optimizer's interface, which is the host's, and how the host runs on several devices
