@@ -252,7 +252,6 @@ class NumPyroBridge(Bridge):
 
         numpyro.enable_x64()
         jax.config.update("jax_numpy_dtype_promotion", "strict")
-        jax.config.update("jax_disable_most_optimizations", True)  # programs run a few times: compiling is the cost
         self.jax, self.numpyro, self.xp = jax, numpyro, jax.numpy
         self.host = SimpleNamespace(
             sample=numpyro.sample,
@@ -412,6 +411,10 @@ class NumPyroFit:
 
     def gaussian_state(self) -> Any:
         return self.state.optim_state[1].gaussian
+
+    def first_gaussian_state(self) -> Any:
+        """As early as there is one."""
+        return self.gaussian_state()
 
     @property
     def params(self) -> dict[str, np.ndarray]:
@@ -645,6 +648,10 @@ class PyroFit:
 
     def gaussian_state(self) -> Any:
         return self.svi.optim.state.gaussian
+
+    def first_gaussian_state(self) -> Any:
+        """The optimizer sees the guide at its first step, and not before."""
+        return self.run(1).gaussian_state()
 
     def local_names(self) -> list[str]:
         """Names of the parameters (location, scale) of a guide with one site."""

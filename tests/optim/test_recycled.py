@@ -139,8 +139,8 @@ def test_what_is_not_one_density_at_all_draws_is_not_recycled(backend):
         return model
 
     def keeps_draws(loss=None, **options):
-        fit = backend.start(make_model, cases.MEAN_FIELD.make, observed, loss=loss, **options).run(1)
-        return fit.gaussian_state().recycling is not None
+        fit = backend.start(make_model, cases.MEAN_FIELD.make, observed, loss=loss, **options)
+        return fit.first_gaussian_state().recycling is not None
 
     assert keeps_draws()
     assert not keeps_draws(learning_rate=0.5)
