@@ -106,7 +106,11 @@ def step(
 
     if not usable:
         kept = replace(
-            state, recycling=replace(recycling, pool=pool), radius=state.radius / 2, skipped=state.skipped + 1
+            state,
+            recycling=replace(recycling, pool=pool),
+            radius=state.radius / 2,
+            skipped=state.skipped + 1,
+            evaluations=state.evaluations + losses.numel() * (len(state.loc) + 1),
         )
         return kept, losses.mean(), False
     here = estimate(state.loc, state.precision)
@@ -167,7 +171,7 @@ def step(
 def _fresh(
     state: State, objective: Objective, blocks: tuple[Block, ...], draws: list[Draws], temperature: float
 ) -> tuple[recycled.Pool, Tensor, bool]:
-    """The pool with this step's pairs, their losses [K, 2], and whether everything about them was finite."""
+    """The pool with this step's pairs, their losses up to the first that is not finite, and whether there is none."""
     scales = scales_of(state.precision, blocks, state.radius)
     _, log_determinant = recycled.standardized(blocks, state.loc, scales, state.loc)
     constant = log_determinant + len(state.loc) * math.log(2 * math.pi) / (2 * temperature)

@@ -316,6 +316,7 @@ def test_what_is_not_finite_moves_nothing(backend, kind, rate, random):
         state, _, moved = stepper(state, random.normal(size=(NUM_PAIRS, 4)))
         assert not moved
         check_untouched(backend, state, before, radius, skipped)
+        assert float(state.evaluations) == skipped * 2 * NUM_PAIRS * (4 + 1), "of Hessians and gradients, no proposal"
 
 
 @rates
