@@ -324,7 +324,7 @@ def _at_end(opt_state: OptState) -> _AtEnd | None:
         return None
     scales = scales_of(gaussian.precision, blocks, jnp.ones_like(gaussian.radius))
     estimate = recycled.moments(gaussian.recycling.pool, blocks, gaussian.loc, scales)
-    elbo, elbo_error = recycled.elbo(gaussian.recycling.pool, blocks, gaussian.loc, scales)
+    elbo, elbo_error = recycled.elbo(gaussian.recycling.pool, estimate.weights, blocks, gaussian.loc, scales)
     deviations = estimate.deviations.sum(1)
     return _AtEnd(elbo, elbo_error, estimate.effective, estimate.gradient, deviations)
 

@@ -322,7 +322,7 @@ def _at_end(opt_state: OptState) -> _AtEnd | None:
         return None
     scales = scales_of(gaussian.precision, blocks, 1.0)
     estimate = recycled.moments(gaussian.recycling.pool, blocks, gaussian.loc, scales)
-    elbo, elbo_error = recycled.elbo(gaussian.recycling.pool, blocks, gaussian.loc, scales)
+    elbo, elbo_error = recycled.elbo(gaussian.recycling.pool, estimate.weights, blocks, gaussian.loc, scales)
     deviations = estimate.deviations.sum(1)
     return _AtEnd(float(elbo), float(elbo_error), float(estimate.effective), estimate.gradient, deviations)
 
