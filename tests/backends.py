@@ -108,6 +108,7 @@ class Bridge:
         rate = replace(
             made.rate,
             rate=self.scalar(state.rate, made.rate.rate),
+            taken=self.scalar(state.taken, made.rate.taken),
             noisy_steps=self.scalar(state.noisy_steps, made.rate.noisy_steps),
             rejected=self.scalar(state.rejected, made.rate.rejected),
         )
@@ -125,6 +126,7 @@ class Bridge:
             loc=self.to_numpy(state.loc),
             precision=self.precision_array(state.precision),
             rate=float(state.rate.rate),
+            taken=float(state.rate.taken),
             noisy_steps=int(state.rate.noisy_steps),
             rejected=int(state.rate.rejected),
             last_gradient=self.to_numpy(state.rate.last_gradient),
@@ -354,6 +356,10 @@ class NumPyroBridge(Bridge):
     def natural_leaves(self, fit: Any, name: str) -> tuple[np.ndarray, ...]:
         """The fields of a `natural_param`."""
         return leaves_of({name: fit._params[name]}, np.asarray)[name]
+
+    def gaussian_of(self, result: Any) -> Any:
+        """The rule's state at the end of a `fit`."""
+        return result.state.optim_state[1].gaussian
 
     def _seeded(self, seed: int) -> dict[str, Any]:
         """The option of `fit`."""
@@ -588,6 +594,9 @@ class PyroBridge(Bridge):
     def map_fn(self, fn: Callable, stack: Any) -> Any:
         """fn at a stack of rows, over which it broadcasts."""
         return fn(stack)
+
+    def gaussian_of(self, result: Any) -> Any:
+        return result.state.gaussian
 
     def _seeded(self, seed: int) -> dict[str, Any]:
         return {"seed": seed}

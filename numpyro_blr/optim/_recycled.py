@@ -159,7 +159,7 @@ def step(
         residual=residual,
         error=error,
     )
-    rejected = replace(kept, rate=state.rate.after(rate, noisy_steps, here.gradient, end.taken))
+    rejected = replace(kept, rate=state.rate.after(rate, end.rate, noisy_steps, here.gradient, end.taken))
     moved = replace(rejected, loc=end.loc, precision=end.precision, radius=jnp.minimum(1, 2 * state.radius))
     unusable = replace(kept, radius=state.radius / 2, skipped=state.skipped + 1)
     loss = jnp.where(fresh[:, None], losses, 0).sum() / num_draws

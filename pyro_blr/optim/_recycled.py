@@ -162,7 +162,7 @@ def step(
         evaluations=state.evaluations + 2 * recycling.num_pairs * (len(state.loc) + 1 + end.proposals),
         residual=residual,
         error=error,
-        rate=state.rate.after(rate, noisy_steps, here.gradient, end.taken),
+        rate=state.rate.after(rate, end.rate, noisy_steps, here.gradient, end.taken),
     )
     moved = replace(kept, loc=end.loc, precision=end.precision, radius=min(1.0, 2 * state.radius))
     return (moved if end.taken else kept), losses.mean(), end.taken

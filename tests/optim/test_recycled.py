@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -55,6 +57,18 @@ def test_one_step_on_a_quadratic_is_exact_from_a_single_pair(backend, random):
     assert_allclose(backend.to_numpy(state.loc), np.linalg.solve(hessian, [2.0, 0.0]), rtol=1e-10)
     # a pair of Hessians and gradients, and the losses of one proposal
     assert float(state.evaluations) == 2 * (2 + 1) + 2
+
+
+def test_the_rate_that_was_taken_is_kept_beside_the_next_one(backend, random):
+    """Under the cap of the ninth noisy step, 2/10 for draws that are worth one step's: S ← 0.8 S + 0.2 H."""
+    step, state = stepper(backend, quadratic), started(backend, [5.0, -3.0], 100 * np.eye(2))
+    assert np.isnan(float(state.rate.taken))
+    rate = replace(state.rate, noisy_steps=backend.scalar(8, state.rate.noisy_steps))
+    state, _, moved = step(replace(state, rate=rate), random.normal(size=(4, 2)))
+    assert bool(moved)
+    assert_allclose([float(state.rate.taken), float(state.rate.rate)], [0.2, 1.7 * 0.2], rtol=1e-14)
+    expected = 0.8 * 100 * np.eye(2) + 0.2 * np.array([[6.0, 1.0], [1.0, 1.0]])
+    assert_allclose(backend.precision_array(state.precision), expected, rtol=1e-12)
 
 
 def test_the_fixed_point_is_reached_and_the_error_falls_with_the_draws(backend):

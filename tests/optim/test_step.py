@@ -40,7 +40,7 @@ def check_equal(state: reference.State, expected: reference.State, rtol: float, 
     """All of the state; what is counted, exactly."""
     assert_allclose(state.loc, expected.loc, rtol=rtol, atol=atol)
     assert_allclose(state.precision, expected.precision, rtol=rtol, atol=atol)
-    assert_allclose(state.rate, expected.rate, rtol=1e-15)
+    assert_allclose([state.rate, state.taken], [expected.rate, expected.taken], rtol=1e-15)
     if expected.last_gradient is not None:
         assert_allclose(state.last_gradient, expected.last_gradient, rtol=rtol, atol=max(atol, 1e-10))
     counted = [(s.noisy_steps, s.rejected, s.radius, s.skipped) for s in (state, expected)]
