@@ -81,7 +81,7 @@ DIFFERENCES = {
         "BLR.advance", "BLR.traced_reason",  # a step on the traced loss, without the host's own evaluation
     },
 }  # fmt: skip
-ALONE = {"pyro_blr": {"optim/_traced.py"}}  # JAX traces by itself
+ALONE = {"pyro_blr": {"optim/_graph.py", "optim/_rewriting.py", "optim/_traced.py"}}  # JAX traces by itself
 COMMON = {
     "optim/_svi.py": {
         "Members", "Redraw", "Redraw.weight", "calling_svi", "check_loss", "check_params", "host_optimizer",

@@ -219,7 +219,7 @@ def test_draws_that_do_not_fit_together_are_taken_in_parts(estimator, monkeypatc
     args = tensors(X, 1.0 * (NOISE > 0))
     expected = fit(logistic, args, estimator=estimator, num_draws=6)
     # the largest array at one draw is a column of the data, for a Hessian in each of the three directions
-    monkeypatch.setattr("pyro_blr.optim._traced.MAX_ELEMENTS", {"hessian": 3 * 36, "hutchinson": 3 * 24}[estimator])
+    monkeypatch.setattr("pyro_blr.optim._graph.MAX_ELEMENTS", {"hessian": 3 * 36, "hutchinson": 3 * 24}[estimator])
     found = fit(logistic, args, estimator=estimator, num_draws=6, compile=True)
     check_same(found.params, expected.params)
     programs = [program for graph, _ in found.optimizer._tracer.graphs.values() for program in graph.programs.values()]
