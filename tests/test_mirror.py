@@ -94,7 +94,9 @@ DIFFERENCES = {
         "BLR.advance", "BLR.traced_reason",  # a step on the traced loss, without the host's own evaluation
     },
 }  # fmt: skip
-ALONE = {"pyro_blr": {"optim/_traced.py", "guides/bayesian_module.py"}}  # JAX traces by itself, NumPyro lifts modules
+ALONE = {  # JAX traces by itself, and NumPyro lifts modules
+    "pyro_blr": {"guides/bayesian_module.py", "optim/_graph.py", "optim/_rewriting.py", "optim/_traced.py"}
+}
 COMMON = {
     "optim/_weights.py": {"LogDensity", "LogDensity.log_prob", "Perturb", "check_layout", "survey"},
     "optim/_svi.py": {
