@@ -79,7 +79,7 @@ DIFFERENCES = {
     "optim/_rate.py": {"not_worse"},  # JAX says which pairs of an array of a fixed size are there
     "optim/_ivon.py": {
         # tensors are written in place, and a part of a network is several of them
-        "__all__", "Prior.known", "State", "average", "debias", "init", "second_moment_of", "step", "surrogate",
+        "Prior.known", "State", "average", "debias", "init", "second_moment_of", "step", "surrogate",
         "tensors_of", "Shapes",
     },
     "optim/ivon.py": {
