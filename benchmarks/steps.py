@@ -18,62 +18,30 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+from _models_timed import REGRESSIONS, regressions
 
 STEPS = {"numpyro": 200, "pyro": 20}
 LABELS = ("Adam", "BLR(0.1, estimator='gradient')", "BLR(estimator='hutchinson')", "BLR()")
 
 
-def problems() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Regressors and responses: breast cancer for a logistic regression, and a small network of 751 weights."""
-    from sklearn.datasets import load_breast_cancer, load_diabetes
-
-    features, labels = load_breast_cancer(return_X_y=True)
-    diabetes, progression = load_diabetes(return_X_y=True)
-    return {
-        "logistic, 31 weights": (standardised(features), labels.astype(float)),
-        "network, 751 weights": (standardised(diabetes), standardised(progression)),
-    }
-
-
-def standardised(values: np.ndarray) -> np.ndarray:
-    return (values - values.mean(0)) / values.std(0)
-
-
-def numpyro_runs(features: np.ndarray, response: np.ndarray) -> dict[str, Callable[[], None]]:
-    """Compiled loops of STEPS updates, by optimizer."""
+def numpyro_runs(name: str) -> dict[str, Callable[[], None]]:
+    """Compiled loops of STEPS updates of a regression, by optimizer."""
     import jax
     import jax.numpy as jnp
     import numpyro
-    import numpyro.distributions as dist
     from numpyro.infer import SVI, Trace_ELBO
     from numpyro.infer.autoguide import AutoNormal
 
     from numpyro_blr import BLR
 
-    def logistic(x, y):
-        weights = numpyro.sample("weights", dist.Normal(0, 1).expand([x.shape[1]]).to_event(1))
-        intercept = numpyro.sample("intercept", dist.Normal(0, 10))
-        with numpyro.plate("data", len(y)):
-            numpyro.sample("y", dist.Bernoulli(logits=intercept + x @ weights), obs=y)
-
-    def network(x, y):
-        hidden = numpyro.sample("hidden", dist.Normal(0, 1).expand([x.shape[1], 25]).to_event(2))
-        middle = numpyro.sample("middle", dist.Normal(0, 0.2).expand([25, 19]).to_event(2))
-        out = numpyro.sample("out", dist.Normal(0, 0.2).expand([19]).to_event(1))
-        bias = numpyro.sample("bias", dist.Normal(0, 1).expand([7]).to_event(1))
-        mean = jnp.tanh(jnp.tanh(x @ hidden) @ middle) @ out + bias.sum()
-        with numpyro.plate("data", len(y)):
-            numpyro.sample("y", dist.Normal(mean, 0.7), obs=y)
-
-    model = logistic if set(np.unique(response)) == {0.0, 1.0} else network
     optimizers = {
         "Adam": numpyro.optim.Adam(0.01),
         LABELS[1]: BLR(0.1, estimator="gradient"),
         LABELS[2]: BLR(estimator="hutchinson"),
         LABELS[3]: BLR(),
     }
-    x, y = jnp.asarray(features), jnp.asarray(response)
+    model, args = regressions(numpyro, jnp)[name]
+    x, y = map(jnp.asarray, args)
     runs = {}
     for label, optimizer in optimizers.items():
         svi = SVI(model, AutoNormal(model), optimizer, Trace_ELBO())
@@ -88,10 +56,9 @@ def numpyro_runs(features: np.ndarray, response: np.ndarray) -> dict[str, Callab
     return runs
 
 
-def pyro_runs(features: np.ndarray, response: np.ndarray) -> dict[str, Callable[[], None]]:
-    """Loops of STEPS calls of `svi.step`, by optimizer, each with a parameter store of its own."""
+def pyro_runs(name: str) -> dict[str, Callable[[], None]]:
+    """Loops of STEPS calls of `svi.step` on a regression, by optimizer, each with a parameter store of its own."""
     import pyro
-    import pyro.distributions as dist
     import torch
     from pyro.infer import SVI, Trace_ELBO
     from pyro.infer.autoguide import AutoNormal
@@ -100,29 +67,14 @@ def pyro_runs(features: np.ndarray, response: np.ndarray) -> dict[str, Callable[
 
     torch.set_num_threads(1)
 
-    def logistic(x, y):
-        weights = pyro.sample("weights", dist.Normal(0, 1).expand([x.shape[1]]).to_event(1))
-        intercept = pyro.sample("intercept", dist.Normal(0, 10))
-        with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Bernoulli(logits=intercept + x @ weights), obs=y)
-
-    def network(x, y):
-        hidden = pyro.sample("hidden", dist.Normal(0, 1).expand([x.shape[1], 25]).to_event(2))
-        middle = pyro.sample("middle", dist.Normal(0, 0.2).expand([25, 19]).to_event(2))
-        out = pyro.sample("out", dist.Normal(0, 0.2).expand([19]).to_event(1))
-        bias = pyro.sample("bias", dist.Normal(0, 1).expand([7]).to_event(1))
-        mean = torch.tanh(torch.tanh(x @ hidden) @ middle) @ out + bias.sum()
-        with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Normal(mean, 0.7), obs=y)
-
-    model = logistic if set(np.unique(response)) == {0.0, 1.0} else network
     optimizers = {
         "Adam": pyro.optim.Adam({"lr": 0.01}),
         LABELS[1]: BLR(0.1, estimator="gradient"),
         LABELS[2]: BLR(estimator="hutchinson"),
         LABELS[3]: BLR(),
     }
-    x, y = (torch.as_tensor(values, dtype=torch.get_default_dtype()) for values in (features, response))
+    model, args = regressions(pyro, torch)[name]
+    x, y = (torch.as_tensor(values, dtype=torch.get_default_dtype()) for values in args)
     runs = {}
     for label, optimizer in optimizers.items():
         store = {"params": {}, "constraints": {}}
@@ -162,8 +114,8 @@ def main() -> None:
         if importlib.util.find_spec(host) is None:
             print(f"{host:8} not installed")
             continue
-        for name, (features, response) in problems().items():
-            runs = {"numpyro": numpyro_runs, "pyro": pyro_runs}[host](features, response)
+        for name in REGRESSIONS:
+            runs = {"numpyro": numpyro_runs, "pyro": pyro_runs}[host](name)
             seconds = interleaved(runs, arguments.rounds)
             for label, values in seconds.items():
                 ratios = [value / adam for value, adam in zip(values, seconds["Adam"], strict=True)]

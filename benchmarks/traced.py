@@ -20,61 +20,28 @@ from typing import Any
 
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import torch
+from _models_timed import hierarchy, regressions
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from steps import interleaved, problems
+from steps import interleaved
 
 from pyro_blr import BLR
 
 STEPS = 8
 WARM_UP = 9  # a graph is checked at its 1st, 2nd, 4th and 8th use, and then not before its 16th
-NUM_GROUPS = 1000
-
-
-def logistic(x, y):
-    weights = pyro.sample("weights", dist.Normal(0, 1).expand([x.shape[1]]).to_event(1))
-    intercept = pyro.sample("intercept", dist.Normal(0, 10))
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.Bernoulli(logits=intercept + x @ weights), obs=y)
-
-
-def hierarchical(group, y):
-    mean, spread = pyro.sample("mean", dist.Normal(0, 5)), pyro.sample("spread", dist.HalfCauchy(2))
-    with pyro.plate("groups", NUM_GROUPS):
-        effect = pyro.sample("effect", dist.Normal(mean, spread))
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.Normal(effect[group], 1), obs=y)
-
-
-def network(x, y):
-    hidden = pyro.sample("hidden", dist.Normal(0, 1).expand([x.shape[1], 25]).to_event(2))
-    middle = pyro.sample("middle", dist.Normal(0, 0.2).expand([25, 19]).to_event(2))
-    out = pyro.sample("out", dist.Normal(0, 0.2).expand([19]).to_event(1))
-    bias = pyro.sample("bias", dist.Normal(0, 1).expand([7]).to_event(1))
-    mean = torch.tanh(torch.tanh(x @ hidden) @ middle) @ out + bias.sum()
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.Normal(mean, 0.7), obs=y)
 
 
 def models() -> dict[str, tuple[Callable, tuple[torch.Tensor, ...]]]:
-    data = {
-        name: tuple(torch.as_tensor(values, dtype=torch.get_default_dtype()) for values in arrays)
-        for name, arrays in problems().items()
-    }
-    random = np.random.default_rng(0)
-    group = np.repeat(np.arange(NUM_GROUPS), 5)
-    response = random.normal(1, 2, NUM_GROUPS)[group] + random.normal(size=len(group))
-    (first, logistic_data), (last, network_data) = data.items()
     return {
-        first: (logistic, logistic_data),
-        "hierarchical, 1,000 groups": (
-            hierarchical,
-            (torch.as_tensor(group), torch.as_tensor(response, dtype=torch.get_default_dtype())),
-        ),
-        last: (network, network_data),
+        name: (model, tuple(map(as_tensor, args)))
+        for name, (model, args) in (regressions(pyro, torch) | hierarchy(pyro)).items()
     }
+
+
+def as_tensor(values: np.ndarray) -> torch.Tensor:
+    """In the default precision, but for integers."""
+    return torch.as_tensor(values, dtype=torch.get_default_dtype() if values.dtype.kind == "f" else None)
 
 
 def optimizers(inductor: bool) -> dict[str, tuple[Any, bool | str]]:

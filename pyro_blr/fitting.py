@@ -50,7 +50,7 @@ class Check:
     Attributes:
         elbo: with its standard error `elbo_error`.
         residual: r²; `error` is V.
-        rate: ρ.
+        rate: ρ of the last step that was taken.
         effective: draws that recycled ones are worth.
     """
 
@@ -322,7 +322,7 @@ def _at_end(opt_state: OptState) -> _AtEnd | None:
         return None
     scales = scales_of(gaussian.precision, blocks, 1.0)
     estimate = recycled.moments(gaussian.recycling.pool, blocks, gaussian.loc, scales)
-    elbo, elbo_error = recycled.elbo(gaussian.recycling.pool, blocks, gaussian.loc, scales)
+    elbo, elbo_error = recycled.elbo(gaussian.recycling.pool, estimate.weights, blocks, gaussian.loc, scales)
     deviations = estimate.deviations.sum(1)
     return _AtEnd(float(elbo), float(elbo_error), float(estimate.effective), estimate.gradient, deviations)
 
@@ -397,16 +397,14 @@ def _check(optimizer: BLR, opt_state: OptState, at_end: _AtEnd | None, losses: n
 
 
 def _rate_of(optimizer: BLR, opt_state: OptState, steps: int) -> float:
-    """ρ: as given, or the largest of those that were chosen, under their caps."""
+    """ρ of the last step: as given, or the largest of those that were taken."""
     if optimizer.learning_rate is not None:
         given = optimizer.learning_rate
-        return float(given(steps) if callable(given) else given)
-    gaussian, members = opt_state.gaussian, opt_state.members.rates
-    if gaussian is not None and gaussian.recycling is not None:
-        return float(gaussian.rate.rate)
-    states = [members[role.name] for role in opt_state.roles if not role.local]
-    states += [] if gaussian is None else [gaussian.rate]
-    return max((min(float(state.rate), 2 / (state.noisy_steps + 2)) for state in states), default=1.0)
+        return float(given(steps - 1) if callable(given) else given)
+    states = [opt_state.members.rates[role.name] for role in opt_state.roles if not role.local]
+    states += [] if opt_state.gaussian is None else [opt_state.gaussian.rate]
+    # of several, one may have taken no step yet; where all sites are local, their rate is 1
+    return float(np.fmax.reduce([float(state.taken) for state in states])) if states else 1.0
 
 
 def _site_residuals(opt_state: OptState, at_end: _AtEnd | None) -> dict[str, tuple[float, float]]:

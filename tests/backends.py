@@ -108,6 +108,7 @@ class Bridge:
         rate = replace(
             made.rate,
             rate=self.scalar(state.rate, made.rate.rate),
+            taken=self.scalar(state.taken, made.rate.taken),
             noisy_steps=self.scalar(state.noisy_steps, made.rate.noisy_steps),
             rejected=self.scalar(state.rejected, made.rate.rejected),
         )
@@ -125,6 +126,7 @@ class Bridge:
             loc=self.to_numpy(state.loc),
             precision=self.precision_array(state.precision),
             rate=float(state.rate.rate),
+            taken=float(state.rate.taken),
             noisy_steps=int(state.rate.noisy_steps),
             rejected=int(state.rate.rejected),
             last_gradient=self.to_numpy(state.rate.last_gradient),
@@ -268,7 +270,6 @@ class NumPyroBridge(Bridge):
 
         numpyro.enable_x64()
         jax.config.update("jax_numpy_dtype_promotion", "strict")
-        jax.config.update("jax_disable_most_optimizations", True)  # programs run a few times: compiling is the cost
         self.jax, self.numpyro, self.xp = jax, numpyro, jax.numpy
         self.host = SimpleNamespace(
             record=self.record,
@@ -396,6 +397,10 @@ class NumPyroBridge(Bridge):
         """The fields of a `natural_param`."""
         return leaves_of({name: fit._params[name]}, np.asarray)[name]
 
+    def gaussian_of(self, result: Any) -> Any:
+        """The rule's state at the end of a `fit`."""
+        return result.state.optim_state[1].gaussian
+
     def _seeded(self, seed: int) -> dict[str, Any]:
         """The option of `fit`."""
         return {"rng_key": self.jax.random.key(seed)}
@@ -453,6 +458,10 @@ class NumPyroFit:
 
     def gaussian_state(self) -> Any:
         return self.state.optim_state[1].gaussian
+
+    def first_gaussian_state(self) -> Any:
+        """As early as there is one."""
+        return self.gaussian_state()
 
     @property
     def ivon_state(self) -> Any:
@@ -681,6 +690,9 @@ class PyroBridge(Bridge):
         """fn at a stack of rows, over which it broadcasts."""
         return fn(stack)
 
+    def gaussian_of(self, result: Any) -> Any:
+        return result.state.gaussian
+
     def _seeded(self, seed: int) -> dict[str, Any]:
         return {"seed": seed}
 
@@ -782,6 +794,10 @@ class PyroFit:
     def evaluate(self, num_draws: int) -> np.ndarray:
         """Losses of the host at draws of its own, by `SVI.evaluate_loss`."""
         return np.array([self.svi.evaluate_loss(*self.args) for _ in range(num_draws)])
+
+    def first_gaussian_state(self) -> Any:
+        """The optimizer sees the guide at its first step, and not before."""
+        return self.run(1).gaussian_state()
 
     def local_names(self) -> list[str]:
         """Names of the parameters (location, scale) of a guide with one site."""

@@ -8,6 +8,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy is loaded: the pro
 
 import functools
 import importlib.util
+from importlib.metadata import version
+from pathlib import Path
+
+if importlib.util.find_spec("jaxlib"):
+    # Most of the time of a test goes into compiling a program that runs a few times, which takes half as long without
+    # XLA's newer code generators. XLA refuses flags that it does not know: versions other than the pinned go without.
+    pinned = (Path(__file__).parent.parent / "constraints.txt").read_text().split()
+    if f"jaxlib=={version('jaxlib')}" in pinned:
+        quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        os.environ.setdefault("XLA_FLAGS", quick)
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # those of whatever it compiles
 
 import numpy as np
 import pytest

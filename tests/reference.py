@@ -6,6 +6,7 @@ derivatives of the problems in `cases.py` are written by hand. A `part` is a blo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -131,6 +132,7 @@ class State:
     loc: np.ndarray
     precision: np.ndarray
     rate: float = 1.0
+    taken: float = math.nan
     noisy_steps: int = 0
     rejected: int = 0
     last_gradient: np.ndarray | None = None  # zero before the first step
@@ -261,8 +263,8 @@ def step(
         factor = factor_of(precision, parts, fixed_scale, state.radius)
         if not_worse(estimate.losses, losses_at(problem, loc, factor, parts, draws)):
             next_rate = min(1.0, 1.7 * tried) if tries == 1 else tried
-            moved = replace(state, loc=loc, precision=precision, radius=radius, rate=next_rate, noisy_steps=noisy_steps)
-            return moved, Events(tries, reflected, noisy, True)
+            state = replace(state, rate=next_rate, taken=tried, noisy_steps=noisy_steps)
+            return replace(state, loc=loc, precision=precision, radius=radius), Events(tries, reflected, noisy, True)
         tried *= 0.4
     rejected = replace(state, rate=0.4 * first, noisy_steps=noisy_steps, rejected=state.rejected + 1)
     return rejected, Events(tries, reflected, noisy, False)

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 FRAMEWORKS = {"numpyro": ("jax", "numpyro"), "pyro": ("torch", "pyro")}
-# those of which one model is enough at every run; the others are run with `-m slow`
-QUICK = ("counts", "longley")
+# one pair and the demo are enough at every run; the others are run with `-m slow`
+QUICK = ("counts",)
 ARGUMENTS = {"streaming": ("--refits", "2")}
 SCRIPTS = [
     pytest.param(path, id=f"{path.parent.name}/{path.stem}", marks=[] if path.stem in QUICK else pytest.mark.slow)

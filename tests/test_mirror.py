@@ -79,8 +79,8 @@ DIFFERENCES = {
     "optim/_rate.py": {"not_worse"},  # JAX says which pairs of an array of a fixed size are there
     "optim/_ivon.py": {
         # tensors are written in place, and a part of a network is several of them
-        "__all__", "Prior.known", "State", "average", "debias", "init", "second_moment_of", "step", "surrogate",
-        "surrogate_loss", "tensors_of", "Shapes",
+        "Prior.known", "State", "average", "debias", "init", "second_moment_of", "step", "surrogate",
+        "tensors_of", "Shapes",
     },
     "optim/ivon.py": {
         # the optimizer's interface, which is the host's, and how the host runs on several devices
@@ -94,7 +94,9 @@ DIFFERENCES = {
         "BLR.advance", "BLR.traced_reason",  # a step on the traced loss, without the host's own evaluation
     },
 }  # fmt: skip
-ALONE = {"pyro_blr": {"optim/_traced.py", "guides/bayesian_module.py"}}  # JAX traces by itself, NumPyro lifts modules
+ALONE = {  # JAX traces by itself, and NumPyro lifts modules
+    "pyro_blr": {"guides/bayesian_module.py", "optim/_graph.py", "optim/_rewriting.py", "optim/_traced.py"}
+}
 COMMON = {
     "optim/_weights.py": {"LogDensity", "LogDensity.log_prob", "Perturb", "check_layout", "survey"},
     "optim/_svi.py": {

@@ -58,14 +58,10 @@ def test_a_family_of_ones_own_is_used_by_the_guide_and_found_conjugate():
     run(program + REGISTERED)
 
 
-def test_the_quickstart_is_the_exact_posterior():
+def test_the_quickstart_is_the_exact_posterior_and_fit_ends_by_itself():
+    """One program: what `fit` is shown with are the model and the data of the quickstart."""
     pytest.importorskip("numpyro")
-    program = programs()[0]
-    assert "BLR()" in program
-    run(program + CHECK)
-
-
-def test_fit_ends_by_itself():
-    pytest.importorskip("numpyro")
+    quickstart = programs()[0]
+    assert "BLR()" in quickstart
     (program,) = (program for program in programs() if "import fit" in program)
-    run(programs()[0] + program + "\nassert result.converged and result.steps < 50, result.report()\n")
+    run(quickstart + CHECK + program + "\nassert result.converged and result.steps < 50, result.report()\n")

@@ -17,7 +17,7 @@ FOLDER = os.environ.get("POSTERIORDB")
 
 @pytest.mark.skipif(FOLDER is None, reason="POSTERIORDB does not name a folder of reference posteriors")
 def test_full_rank_has_the_moments_of_a_nearly_gaussian_posterior(backend):
-    """Test scores of children, regressed on uncentred, unscaled predictors: 100 steps, defaults, the default start."""
+    """Test scores of children, regressed on uncentred, unscaled predictors: 50 steps, defaults, the default start."""
     record = json.loads((Path(FOLDER) / "kidiq_momhsiq.json").read_text())
     data, draws = record["data"], {name: np.asarray(values) for name, values in record["draws"].items()}
     inputs = np.column_stack([np.ones(data["N"]), data["mom_hs"], data["mom_iq"]]).astype(float)
@@ -33,7 +33,7 @@ def test_full_rank_has_the_moments_of_a_nearly_gaussian_posterior(backend):
         return model
 
     fit = backend.start(make_model, lambda host, model: host.autoguide.AutoMultivariateNormal(model), (inputs, scores))
-    posterior = fit.run(100).posterior()
+    posterior = fit.run(50).posterior()
     mean, scale = (backend.to_numpy(value) for value in (posterior.mean, posterior.variance**0.5))
     unconstrained = np.column_stack([draws["beta"], np.log(draws["sigma"])])
     expected_mean, expected_scale = unconstrained.mean(0), unconstrained.std(0)

@@ -163,10 +163,11 @@ def squared_error(moments: Moments, precision: Precision) -> Array:
     return jnp.where(num_pairs > 1, spread * num_pairs / jnp.maximum(num_pairs - 1, 0.5), 0)
 
 
-def elbo(pool: Pool, blocks: tuple[Block, ...], loc: Array, scales: tuple[Any, ...]) -> tuple[Array, Array]:
-    """E_q[−ℓ] + H(q) at N(loc, C Cᵀ) and its standard error, from the draws of the pool."""
+def elbo(
+    pool: Pool, weights: Array, blocks: tuple[Block, ...], loc: Array, scales: tuple[Any, ...]
+) -> tuple[Array, Array]:
+    """E_q[−ℓ] + H(q) at N(loc, C Cᵀ) and its standard error, from the draws of the pool with their `weights` there."""
     noise, log_determinant = standardized(blocks, loc, scales, pool.points)
-    weights = moments(pool, blocks, loc, scales).weights
     log_density = -(noise**2).sum(-1) / 2 - log_determinant - len(loc) * jnp.log(2 * jnp.pi) / 2
     terms = jnp.where(_there(pool)[:, None], -pool.values - log_density, 0)
     mean = (weights * terms).sum()

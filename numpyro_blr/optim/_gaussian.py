@@ -115,7 +115,11 @@ def step(
             jnp.asarray(estimate.extras.minibatch) & _rate.opposed(estimate, state.precision, state.rate.last_gradient)
         )
         rate, (loc, precision), moved, proposals = _rate.search(
-            state.rate, estimate.losses, noisy, estimate.gradient, propose_and_evaluate
+            state.rate,
+            jnp.where(usable, estimate.losses, jnp.nan),  # a step that is refused makes no proposals
+            noisy,
+            estimate.gradient,
+            propose_and_evaluate,
         )
     else:
         rate, (loc, precision), proposals = state.rate, propose(learning_rate), jnp.zeros((), jnp.int32)

@@ -52,7 +52,6 @@ __all__ = [
     "scale_of",
     "step",
     "surrogate",
-    "surrogate_loss",
 ]
 
 Weights = dict[str, Array]  # by site
@@ -142,12 +141,6 @@ def surrogate(state: State, settings: Settings) -> dict[str, tuple[Array, Array]
         name: (state.momentum[name] / debias(settings.beta1, count, m.dtype), state.hessian[name])
         for name, m in state.loc.items()
     }
-
-
-def surrogate_loss(loc: Array, scale: Array, surrogate: tuple[Array, Array]) -> Array:
-    """E_q[⟨ḡ, w⟩ + ½ h (w − m)²] = ⟨ḡ, m⟩ + ½ Σ h σ²"""
-    slope, hessian = surrogate
-    return jnp.sum(slope * loc + 0.5 * hessian * scale**2)
 
 
 def curvature(product: Array, scale: Array, hessian: Array) -> Array:

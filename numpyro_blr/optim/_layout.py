@@ -128,6 +128,7 @@ def recognise(
         match = _match(name, unwrap(guide_trace[name]["fn"])[0], candidates, fed, guide_trace)
         if match is not None and not (learned_scales_only and match[1] is None):
             found.append((name, *match))
+    found = _without_repeated_points(found)
     for name in [name for name in guide_trace if name in naturals]:  # in the order of the guide, which jit has sorted
         member = _match_member(guide_trace[name], naturals[name], arrays[name], fed, guide_trace)
         if member is not None and name not in joint | {site for site, *_ in found}:
@@ -205,6 +206,16 @@ def _constrained(probes: dict[str, Any], message: dict) -> Any:
         return None
     probe = probes[message["name"]]
     return probe if isinstance(probe, Natural) else biject_to(_constraint(message))(probe)
+
+
+def _without_repeated_points(found: list[tuple]) -> list[tuple]:
+    """The sites without the Deltas at a parameter that an earlier Delta is at: all of them are one point.
+
+    AutoLaplaceApproximation draws all latents in one Delta, and gives a latent vector that is all there is on as it is.
+    """
+    first: dict[str, str] = {}
+    points = {name: first.setdefault(loc, name) for name, loc, _, structure in found if structure == "point"}
+    return [site for site in found if points.get(site[0], site[0]) == site[0]]
 
 
 def _match_member(

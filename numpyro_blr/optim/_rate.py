@@ -41,26 +41,30 @@ class RateState:
     """Carried between steps.
 
     Attributes:
-        rate: the rate that the next step tries first.
+        rate: the rate that the next step tries first, if its cap lets it.
+        taken: ρ of the last step that was accepted; NaN before the first.
         noisy_steps: n, steps so far whose residual was inside its own Monte Carlo error.
         rejected: steps so far of which no proposal was accepted.
         last_gradient: E_q[g] of the step before, [D]; a direction in λ for a member of another family.
     """
 
     rate: Array
+    taken: Array
     noisy_steps: Array
     rejected: Array
     last_gradient: Any
 
-    def after(self, rate: Array, noisy_steps: Array, gradient: Any, accepted: Array) -> RateState:
-        """The next state."""
+    def after(self, rate: Array, tried: Array, noisy_steps: Array, gradient: Any, accepted: Array) -> RateState:
+        """The next state, after a step whose last proposal was at the rate `tried`."""
+        taken = jnp.where(accepted, tried, self.taken)
         rejected = self.rejected + (~accepted).astype(jnp.int32)
-        return RateState(rate=rate, noisy_steps=noisy_steps, rejected=rejected, last_gradient=gradient)
+        return RateState(rate=rate, taken=taken, noisy_steps=noisy_steps, rejected=rejected, last_gradient=gradient)
 
 
 def init(loc: Array) -> RateState:
     return RateState(
         rate=jnp.ones((), loc.dtype),
+        taken=jnp.full((), jnp.nan, loc.dtype),
         noisy_steps=jnp.zeros((), jnp.int32),
         rejected=jnp.zeros((), jnp.int32),
         last_gradient=jnp.zeros_like(loc),
@@ -99,7 +103,8 @@ def search(
         attempt,
         (jnp.zeros((), jnp.int32), first_rate, placeholder, jnp.zeros((), bool)),
     )
-    next_state = state.after(next_rate(rate, first_rate, accepted, tries), noisy_steps, gradient, accepted)
+    following = next_rate(rate, first_rate, accepted, tries)
+    next_state = state.after(following, rate, noisy_steps, gradient, accepted)
     return next_state, proposal, accepted, tries
 
 

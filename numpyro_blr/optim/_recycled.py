@@ -102,7 +102,7 @@ def step(
     """
     recycling: Recycling = state.recycling
     max_pairs = len(noise)
-    pool, losses, usable = _fresh(state, objective, blocks, noise, temperature, forward)
+    num_drawn, pool, losses, usable = _fresh(state, objective, blocks, noise, temperature, forward)
     fresh = jnp.arange(max_pairs, dtype=jnp.int32) < recycling.num_pairs
 
     def estimate(loc: Array, precision: Precision) -> recycled.Moments:
@@ -148,9 +148,9 @@ def step(
     start = _Search(state.loc, state.precision, here, first_rate, zero, zero, no, usable)
     end = lax.while_loop(lambda search: search.going, attempt, start)
 
-    more = noisy | (end.proposals > 1) | ~end.taken
+    more = usable & (noisy | (end.proposals > 1) | ~end.taken)
     num_pairs = jnp.where(more, jnp.minimum(max_pairs, 2 * recycling.num_pairs), recycling.num_pairs)
-    num_draws = (2 * recycling.num_pairs).astype(state.loc.dtype)
+    num_draws = (2 * num_drawn).astype(state.loc.dtype)
     rate = _rate.next_rate(end.rate, first_rate, end.taken, end.proposals, jnp.where(far, jnp.inf, 1))
     kept = replace(
         state,
@@ -159,7 +159,7 @@ def step(
         residual=residual,
         error=error,
     )
-    rejected = replace(kept, rate=state.rate.after(rate, noisy_steps, here.gradient, end.taken))
+    rejected = replace(kept, rate=state.rate.after(rate, end.rate, noisy_steps, here.gradient, end.taken))
     moved = replace(rejected, loc=end.loc, precision=end.precision, radius=jnp.minimum(1, 2 * state.radius))
     unusable = replace(kept, radius=state.radius / 2, skipped=state.skipped + 1)
     loss = jnp.where(fresh[:, None], losses, 0).sum() / num_draws
@@ -173,8 +173,8 @@ def _fresh(
     noise: Array,
     temperature: float,
     forward: bool,
-) -> tuple[recycled.Pool, Array, Array]:
-    """The pool with this step's pairs, their losses [K, 2], and whether everything about them was finite."""
+) -> tuple[Array, recycled.Pool, Array, Array]:
+    """Pairs up to the first that is not finite, the pool with them, their losses [K, 2], and whether there is none."""
     scales = scales_of(state.precision, blocks, state.radius)
     _, log_determinant = recycled.standardized(blocks, state.loc, scales, state.loc)
     constant = log_determinant + len(state.loc) * jnp.log(2 * jnp.pi) / (2 * temperature)
@@ -196,12 +196,11 @@ def _fresh(
         return number + 1, pool, losses.at[number].set(values), finite
 
     nothing = jnp.zeros((len(noise), 2), state.loc.dtype)
-    _, pool, losses, usable = lax.while_loop(
+    return lax.while_loop(
         lambda carry: (carry[0] < state.recycling.num_pairs) & carry[3],
         draw,
         (jnp.zeros((), jnp.int32), state.recycling.pool, nothing, jnp.ones((), bool)),
     )
-    return pool, losses, usable
 
 
 def _losses(objective: Objective, loc: Array, scales: tuple[Any, ...], noise: Array, num_pairs: Array) -> Array:

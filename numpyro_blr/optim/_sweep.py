@@ -306,7 +306,7 @@ def _falling(
     opposed = direction.inner(natural.fisher_product(state.last_gradient)).sum() < 0
     noisy_steps = state.noisy_steps + (noisy & opposed).astype(jnp.int32)
     rate = 2 / (noisy_steps.astype(natural.flat().dtype) + 2)
-    return rate, replace(state, noisy_steps=noisy_steps, last_gradient=direction)
+    return rate, replace(state, taken=rate, noisy_steps=noisy_steps, last_gradient=direction)
 
 
 def _drawn_step(

@@ -139,10 +139,29 @@ class LogDensity(dist.Distribution):
         return self.log_density
 
 
-class Perturb(Messenger):
-    """Gives each site of the guide the value w = m + σ ε, with −⟨a, w⟩ − ½ b (w − m)² in place of its log q.
+@jax.custom_vjp
+def without(value: Array, offset: Array, slope: Array, curvature: Array) -> Array:
+    """0, with the gradient of −⟨a, w⟩ − ½ b (w − m)² with respect to w and to w − m: what it is worth, nobody asks."""
+    return 0 * value.reshape(-1)[0]  # of the value, so that every particle has its own under vmap
 
-    (a, b) are the site's `surrogate`. The sites whose prior is `known` lose their term in the model.
+
+def _without_forward(value: Array, offset: Array, slope: Array, curvature: Array) -> tuple[Array, tuple]:
+    return without(value, offset, slope, curvature), (offset, slope, curvature)
+
+
+def _without_backward(saved: tuple, cotangent: Array) -> tuple:
+    offset, slope, curvature = saved
+    along = -cotangent * jnp.broadcast_to(slope, offset.shape)
+    return along, -cotangent * curvature * offset, jnp.zeros_like(slope), jnp.zeros_like(curvature)
+
+
+without.defvjp(_without_forward, _without_backward)
+
+
+class Perturb(Messenger):
+    """Gives each site of the guide the value w = m + σ ε; its log q, and the terms of `known` priors, leave the loss.
+
+    Of a site's `surrogate` (a, b), the gradient of ⟨a, w⟩ + ½ b (w − m)² is taken from that of the loss.
 
     ε is a function of the key that the host gives the site, so that particles have draws of their own, and of the
     position on `axis_name`, so that workers have.
@@ -178,10 +197,9 @@ class Perturb(Messenger):
             rng_key = random.fold_in(rng_key, jax.lax.axis_index(self.axis_name))
         offset = self.scale[site.name] * random.normal(rng_key, loc.shape, loc.dtype)
         value = loc + offset
-        slope, curvature = self.surrogate[site.name]
-        log_density = -(slope * value + 0.5 * curvature * offset**2)
-        event_shape, num_event_axes = msg["fn"].event_shape, loc.ndim - len(msg["fn"].batch_shape)
-        log_density = sum_rightmost(log_density, num_event_axes)
+        log_density = jnp.zeros(msg["fn"].batch_shape, loc.dtype)
+        event_shape, share = msg["fn"].event_shape, without(value, offset, *self.surrogate[site.name])
+        log_density += share / max(1, log_density.size)
         for transform in transforms:
             inner, value = value, transform(value)
             jacobian = transform.log_abs_det_jacobian(inner, value)

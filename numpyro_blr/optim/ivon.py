@@ -185,7 +185,7 @@ class IVON(_NumPyroOptim):
         scales, surrogate = self._scales(opt_state), _ivon.surrogate(weights, settings)
 
         def objective(loc: Weights, scale: Weights, own: dict[str, Any]) -> tuple[Array, Any]:
-            """ℓ̄ less its surrogate, at the draw of the weights."""
+            """ℓ̄ at the draw of the weights, its gradient less that of the surrogate."""
             total = {name: (settings.num_data * a, settings.num_data * b) for name, (a, b) in surrogate.items()}
             with _weights.Perturb(layout, loc, scale, total, opt_state.known, self.axis_name):
                 loss, aux = fn({**_weights.placeholders(layout, weights.loc), **own})
@@ -201,16 +201,16 @@ class IVON(_NumPyroOptim):
         }
         if self.axis_name is not None:
             loss, gradient, estimate, g_own = jax.lax.pmean((loss, gradient, estimate, g_own), self.axis_name)
-        usable = all_finite(loss, gradient, estimate, g_own)
+        # sums, since XLA is slow at reducing what `isfinite` says of each element; ĥ is finite where ĝ is
+        usable = all_finite(loss, [jnp.sum(value) for value in gradient.values()], g_own)
 
         updated = self._updated(opt_state, gradient, estimate, g_own, loss)
         refused = replace(opt_state, weights=replace(weights, skipped=weights.skipped + 1))
-        expected = sum(_ivon.surrogate_loss(weights.loc[name], scales[name], surrogate[name]) for name in scales)
         divergence = sum(
             _ivon.kl_divergence(weights.loc[name], scales[name], opt_state.priors[name], settings.num_data)
             for name in scales
         )
-        loss = settings.num_data * (loss + expected) + divergence
+        loss = settings.num_data * loss + divergence
         return (loss, aux), (count + 1, select(usable, updated, refused))
 
     def _updated(

@@ -170,10 +170,11 @@ def squared_error(moments: Moments, precision: Precision) -> float:
     return spread * num_pairs / max(num_pairs - 1, 0.5)
 
 
-def elbo(pool: Pool, blocks: tuple[Block, ...], loc: Tensor, scales: tuple[Any, ...]) -> tuple[float, float]:
-    """E_q[−ℓ] + H(q) at N(loc, C Cᵀ) and its standard error, from the draws of the pool."""
+def elbo(
+    pool: Pool, weights: Tensor, blocks: tuple[Block, ...], loc: Tensor, scales: tuple[Any, ...]
+) -> tuple[float, float]:
+    """E_q[−ℓ] + H(q) at N(loc, C Cᵀ) and its standard error, from the draws of the pool with their `weights` there."""
     noise, log_determinant = standardized(blocks, loc, scales, pool.points)
-    weights = moments(pool, blocks, loc, scales).weights
     density = -(noise**2).sum(-1) / 2 - log_determinant - len(loc) * math.log(2 * math.pi) / 2
     terms = -pool.values - density
     mean = (weights * terms).sum()

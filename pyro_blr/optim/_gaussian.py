@@ -93,6 +93,7 @@ def step(
     """
     scales = scales_of(state.precision, blocks, state.radius)
     estimate = completed(estimator(objective, state.loc, scales, others, draws), state.precision)
+    state = replace(state, evaluations=state.evaluations + estimate.evaluations)
     unusable = replace(state, radius=state.radius / 2, skipped=state.skipped + 1)
     if not all_finite(estimate.losses, estimate.gradient, estimate.hessian):
         return unusable, estimate, False
@@ -124,7 +125,7 @@ def step(
         if not moved:
             return unusable, estimate, False
 
-    evaluations = state.evaluations + estimate.evaluations + len(estimate.losses) * proposals
+    evaluations = state.evaluations + len(estimate.losses) * proposals
     state = replace(state, evaluations=evaluations, residual=residual, error=error)
     radius = min(1.0, 2 * state.radius)
     accepted = replace(state, loc=loc, precision=precision, rate=rate, radius=radius)

@@ -148,11 +148,13 @@ def recognise(
         joint = {site for member in members for site in member.sites}
         rest = [name for name in probe.samples if name not in joint]
         single = [_match_member(probe.samples[name], probe) for name in rest if matches[name] is None]
-    found = [
-        (name, *match)
-        for name, match in matches.items()
-        if match is not None and name not in joint and not (stock_gradients and not match[1])
-    ]
+    found = _without_repeated_points(
+        [
+            (name, *match)
+            for name, match in matches.items()
+            if match is not None and name not in joint and not (stock_gradients and not match[1])
+        ]
+    )
     members += [member for member in single if member is not None]
 
     uses = Counter(param for _, loc, scale, _ in found for param in (loc, *scale))
@@ -321,6 +323,16 @@ def _match(name: str, message: Any, probe: Probe) -> tuple[str, tuple[str, ...],
     if parameter is None or probe.constrained[parameter].shape != probe.constrained[loc].shape:
         return (loc, (), "fixed")
     return (loc, (parameter,), "diagonal")
+
+
+def _without_repeated_points(found: list[tuple]) -> list[tuple]:
+    """The sites without the Deltas at a parameter that an earlier Delta is at: all of them are one point.
+
+    AutoLaplaceApproximation draws all latents in one Delta, and gives a latent vector that is all there is on as it is.
+    """
+    first: dict[str, str] = {}
+    points = {name: first.setdefault(loc, name) for name, loc, _, structure in found if structure == "point"}
+    return [site for site in found if points.get(site[0], site[0]) == site[0]]
 
 
 def _match_member(message: Any, probe: Probe) -> Member | None:

@@ -40,25 +40,28 @@ class RateState:
     """Carried between steps.
 
     Attributes:
-        rate: the rate that the next step tries first.
+        rate: the rate that the next step tries first, if its cap lets it.
+        taken: ρ of the last step that was accepted; NaN before the first.
         noisy_steps: n, steps so far whose residual was inside its own Monte Carlo error.
         rejected: steps so far of which no proposal was accepted.
         last_gradient: E_q[g] of the step before, [D].
     """
 
     rate: float
+    taken: float
     noisy_steps: int
     rejected: int
     last_gradient: Any
 
-    def after(self, rate: float, noisy_steps: int, gradient: Any, accepted: bool) -> RateState:
-        """The next state."""
+    def after(self, rate: float, tried: float, noisy_steps: int, gradient: Any, accepted: bool) -> RateState:
+        """The next state, after a step whose last proposal was at the rate `tried`."""
+        taken = tried if accepted else self.taken
         rejected = self.rejected + (not accepted)
-        return RateState(rate=rate, noisy_steps=noisy_steps, rejected=rejected, last_gradient=gradient)
+        return RateState(rate=rate, taken=taken, noisy_steps=noisy_steps, rejected=rejected, last_gradient=gradient)
 
 
 def init(loc: Tensor) -> RateState:
-    return RateState(rate=1.0, noisy_steps=0, rejected=0, last_gradient=torch.zeros_like(loc))
+    return RateState(rate=1.0, taken=math.nan, noisy_steps=0, rejected=0, last_gradient=torch.zeros_like(loc))
 
 
 def search(
@@ -82,7 +85,8 @@ def search(
         rate = rate if tries == 0 else CUT * rate
         proposal, proposed = propose(rate)
         accepted, tries = not_worse(_by_pair(losses), _by_pair(proposed)), tries + 1
-    next_state = state.after(next_rate(rate, first_rate, accepted, tries), noisy_steps, gradient, accepted)
+    following = next_rate(rate, first_rate, accepted, tries)
+    next_state = state.after(following, rate, noisy_steps, gradient, accepted)
     return next_state, proposal, accepted, tries
 
 

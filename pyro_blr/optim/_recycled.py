@@ -106,7 +106,11 @@ def step(
 
     if not usable:
         kept = replace(
-            state, recycling=replace(recycling, pool=pool), radius=state.radius / 2, skipped=state.skipped + 1
+            state,
+            recycling=replace(recycling, pool=pool),
+            radius=state.radius / 2,
+            skipped=state.skipped + 1,
+            evaluations=state.evaluations + losses.numel() * (len(state.loc) + 1),
         )
         return kept, losses.mean(), False
     here = estimate(state.loc, state.precision)
@@ -158,7 +162,7 @@ def step(
         evaluations=state.evaluations + 2 * recycling.num_pairs * (len(state.loc) + 1 + end.proposals),
         residual=residual,
         error=error,
-        rate=state.rate.after(rate, noisy_steps, here.gradient, end.taken),
+        rate=state.rate.after(rate, end.rate, noisy_steps, here.gradient, end.taken),
     )
     moved = replace(kept, loc=end.loc, precision=end.precision, radius=min(1.0, 2 * state.radius))
     return (moved if end.taken else kept), losses.mean(), end.taken
@@ -167,7 +171,7 @@ def step(
 def _fresh(
     state: State, objective: Objective, blocks: tuple[Block, ...], draws: list[Draws], temperature: float
 ) -> tuple[recycled.Pool, Tensor, bool]:
-    """The pool with this step's pairs, their losses [K, 2], and whether everything about them was finite."""
+    """The pool with this step's pairs, their losses up to the first that is not finite, and whether there is none."""
     scales = scales_of(state.precision, blocks, state.radius)
     _, log_determinant = recycled.standardized(blocks, state.loc, scales, state.loc)
     constant = log_determinant + len(state.loc) * math.log(2 * math.pi) / (2 * temperature)

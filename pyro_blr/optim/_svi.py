@@ -88,8 +88,8 @@ def calling_svi(method: Callable, rule: str = "BLR") -> tuple[SVI, tuple, dict]:
         frame = frame.f_back
     if frame is None:
         raise RuntimeError(
-            f"{rule} must be called by SVI.{method.__name__}, which knows the guide and the loss; it was called without "
-            f"one. Pass it to `SVI(model, guide, {rule}(), loss)` and call `svi.step`."
+            f"{rule} must be called by SVI.{method.__name__}, which knows the guide and the loss; it was called "
+            f"without one. Pass it to `SVI(model, guide, {rule}(), loss)` and call `svi.step`."
         )
     return frame.f_locals["self"], frame.f_locals["args"], frame.f_locals["kwargs"]
 

@@ -307,7 +307,8 @@ def _falling(
         return learning_rate, state
     opposed = noisy and bool(direction.inner(natural.fisher_product(state.last_gradient)).sum() < 0)
     noisy_steps = state.noisy_steps + opposed
-    return 2 / (noisy_steps + 2), replace(state, noisy_steps=noisy_steps, last_gradient=direction)
+    rate = 2 / (noisy_steps + 2)
+    return rate, replace(state, taken=rate, noisy_steps=noisy_steps, last_gradient=direction)
 
 
 def _drawn_step(

@@ -107,7 +107,7 @@ def test_extreme_concentrations_and_counts(backend, random):
 
     start = tuple(np.array(value) for value in (1.0, 1.0, 3.0, 2.0))
     fit = backend.start_families(make, start, {}, learning_rate=1.0)
-    for _ in range(20):
+    for _ in range(8):
         a, b = 10 ** random.uniform(-6, 8, size=2)
         successes, failures = 10 ** random.uniform(0, 9, size=2)
         found = fit.anew(a, b, successes, failures).run(2).naturals()

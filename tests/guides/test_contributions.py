@@ -63,7 +63,7 @@ def logistic_data() -> tuple[np.ndarray, np.ndarray]:
 def test_the_contributions_of_a_logistic_regression_sum_to_its_posterior_and_leave_one_out(backend):
     x, y = logistic_data()
     with backend.promotion(lax=True):
-        fit = backend.start_families(logistic, (x, y), {}).run(60)
+        fit = backend.start_families(logistic, (x, y), {}).run(30)
         natural = fit.naturals()["weights"]
         parts = fit.contributions()["weights"]
         np.testing.assert_allclose(parts["weights"][1], -np.eye(2) / 8, atol=1e-10)  # the prior's is exact
@@ -75,7 +75,7 @@ def test_the_contributions_of_a_logistic_regression_sum_to_its_posterior_and_lea
 
         data = fit.contributions(plate="data")["weights"]["data"]
         left_out = [whole - part[0] for whole, part in zip(natural, data, strict=True)]
-        refit = backend.start_families(logistic, (x[1:], y[1:]), {}).run(60).naturals()["weights"]
+        refit = backend.start_families(logistic, (x[1:], y[1:]), {}).run(30).naturals()["weights"]
         predicted, actual = (np.linalg.solve(-2 * leaves[1], leaves[0]) for leaves in (left_out, refit))
         assert (np.abs(predicted - actual) < 0.15 * sds).all()
 

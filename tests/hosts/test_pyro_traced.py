@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from itertools import cycle, islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,15 +35,19 @@ def tensors(*arrays) -> tuple:
     return tuple(map(torch.as_tensor, arrays))
 
 
-def fit(model, args=(), *, num_steps=5, compile=False, advance=False, guide=AutoNormal, loss=None, **options):
-    """The parameters and the losses of a fit from a given random state, and its optimizer."""
+def fit(model, args=(), *, num_steps=4, compile=False, advance=(False,), guide=AutoNormal, loss=None, **options):
+    """The parameters and the losses of a fit from a given random state, and its optimizer.
+
+    Args:
+        advance: of the steps in turn, whether to leave out the host's own evaluation of the loss.
+    """
     pyro.clear_param_store()
     pyro.set_rng_seed(3)
     optimizer = BLR(**options)
     optimizer.compile = compile
     svi = SVI(model, guide(model), optimizer, loss or Trace_ELBO())
-    step = partial(optimizer.advance, svi) if advance else svi.step
-    losses = [step(*args) for _ in range(num_steps)]
+    steps = cycle([partial(optimizer.advance, svi) if alone else svi.step for alone in advance])
+    losses = [step(*args) for step in islice(steps, num_steps)]
     return SimpleNamespace(params=stored(), losses=losses, optimizer=optimizer, svi=svi)
 
 
@@ -155,20 +160,23 @@ CASES = {
     "a loop": (chain, (NOISE,), {}),
     "a loop, hutchinson": (chain, (NOISE,), {"estimator": "hutchinson"}),
 }
-cases = pytest.mark.parametrize(("model", "args", "options"), CASES.values(), ids=CASES)
+# whose parts are in other cases, too
+SLOW = ("mean field", "particles", "a loop, hutchinson")
+cases = pytest.mark.parametrize(
+    ("model", "args", "options"),
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, case in CASES.items()],
+)
 
 
 @cases
 def test_a_traced_step_is_the_step(model, args, options):
     """Same noise bit for bit, same numbers to rounding, with and without the host's own pass."""
-    args = tensors(*args)
-    expected = fit(model, args, **options)
-    for advance in (False, True):
-        found = fit(model, args, compile=True, advance=advance, **options)
-        assert found.optimizer.traced_reason is None
-        check_same(found.params, expected.params)
-        if not advance:
-            assert_allclose(found.losses, expected.losses, rtol=1e-9)
+    args, in_turn = tensors(*args), (False, True)
+    expected = fit(model, args, advance=in_turn, **options)
+    found = fit(model, args, compile=True, advance=in_turn, **options)
+    assert found.optimizer.traced_reason is None
+    check_same(found.params, expected.params)
+    assert_allclose(found.losses, expected.losses, rtol=1e-9)
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -177,7 +185,7 @@ def test_a_step_on_the_stock_gradient_advances_at_the_host_s_own_draws(guide, co
     """Whose random state it leaves where `svi.step` does."""
     args, options = tensors(X, 1.0 * (NOISE > 0)), {"guide": guide, "estimator": "gradient", "learning_rate": 0.1}
     expected, state = fit(logistic, args, **options), torch.get_rng_state()
-    found = fit(logistic, args, advance=True, compile=compile, **options)
+    found = fit(logistic, args, advance=(True,), compile=compile, **options)
     check_same(found.params, expected.params)
     assert_allclose(found.losses, expected.losses, rtol=1e-9)
     assert torch.equal(torch.get_rng_state(), state)
@@ -187,7 +195,7 @@ def test_a_step_on_the_stock_gradient_advances_at_the_host_s_own_draws(guide, co
 def test_advance_is_the_step_without_the_host_s_pass(guide):
     """Untraced bit for bit, and for members of other families."""
     args = tensors(LABELS, NOISE)
-    found, expected = (fit(hierarchical, args, advance=advance, guide=guide) for advance in (True, False))
+    found, expected = (fit(hierarchical, args, advance=(advance,), guide=guide) for advance in (True, False))
     check_same(found.params, expected.params, 0)
 
 
@@ -198,7 +206,7 @@ def test_advance_calls_model_and_guide_only_while_the_graph_is_checked():
         calls.append(None)
         factor()
 
-    used = fit(counted, advance=True, compile=True, num_steps=17)
+    used = fit(counted, advance=(True,), compile=True, num_steps=17)
     before = len(calls)
     for _ in range(15):
         used.optimizer.advance(used.svi)
@@ -211,7 +219,7 @@ def test_draws_that_do_not_fit_together_are_taken_in_parts(estimator, monkeypatc
     args = tensors(X, 1.0 * (NOISE > 0))
     expected = fit(logistic, args, estimator=estimator, num_draws=6)
     # the largest array at one draw is a column of the data, for a Hessian in each of the three directions
-    monkeypatch.setattr("pyro_blr.optim._traced.MAX_ELEMENTS", {"hessian": 3 * 36, "hutchinson": 3 * 24}[estimator])
+    monkeypatch.setattr("pyro_blr.optim._graph.MAX_ELEMENTS", {"hessian": 3 * 36, "hutchinson": 3 * 24}[estimator])
     found = fit(logistic, args, estimator=estimator, num_draws=6, compile=True)
     check_same(found.params, expected.params)
     programs = [program for graph, _ in found.optimizer._tracer.graphs.values() for program in graph.programs.values()]
@@ -241,8 +249,8 @@ def test_a_proposal_at_which_a_matrix_has_no_cholesky_factor_is_refused():
     guide = partial(AutoNormal, init_scale=0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of steps that were not finite
-        expected = fit(model, guide=guide, num_steps=12, advance=True)  # the host's own pass would raise
-        found = fit(model, guide=guide, num_steps=12, advance=True, compile=True)
+        expected = fit(model, guide=guide, num_steps=12, advance=(True,))  # the host's own pass would raise
+        found = fit(model, guide=guide, num_steps=12, advance=(True,), compile=True)
     assert found.optimizer.traced_reason is None
     assert found.optimizer.get_state()["skipped"] == expected.optimizer.get_state()["skipped"]
     assert found.optimizer.get_state()["evaluations"] == expected.optimizer.get_state()["evaluations"]
@@ -327,7 +335,7 @@ def test_a_cleared_store_starts_anew():
 
         return by_hand
 
-    used = fit(factor, guide=guide, compile=True, advance=True)
+    used = fit(factor, guide=guide, compile=True, advance=(True,))
     pyro.clear_param_store()
     used.optimizer.advance(used.svi)
     assert used.optimizer.get_state()["count"] == 1
@@ -412,5 +420,5 @@ def test_true_says_what_was_expected_what_came_and_the_way_out(model, options, r
 
 def test_other_parameters_are_not_traced():
     with pytest.warns(UserWarning, match="shift"):
-        found = fit(with_parameter, tensors(NOISE), compile="auto", advance=True, num_steps=2)
+        found = fit(with_parameter, tensors(NOISE), compile="auto", advance=(True,), num_steps=2)
     assert "shift belong to no site" in found.optimizer.traced_reason

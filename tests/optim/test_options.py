@@ -1,4 +1,4 @@
-"""What may be passed to `BLR` and `IVON`: a wrong argument is refused at once, saying what was expected and what came."""
+"""What may be passed to a rule: a wrong argument is refused at once, saying what was expected and what came."""
 
 from __future__ import annotations
 

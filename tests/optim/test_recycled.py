@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -57,6 +59,18 @@ def test_one_step_on_a_quadratic_is_exact_from_a_single_pair(backend, random):
     assert float(state.evaluations) == 2 * (2 + 1) + 2
 
 
+def test_the_rate_that_was_taken_is_kept_beside_the_next_one(backend, random):
+    """Under the cap of the ninth noisy step, 2/10 for draws that are worth one step's: S ← 0.8 S + 0.2 H."""
+    step, state = stepper(backend, quadratic), started(backend, [5.0, -3.0], 100 * np.eye(2))
+    assert np.isnan(float(state.rate.taken))
+    rate = replace(state.rate, noisy_steps=backend.scalar(8, state.rate.noisy_steps))
+    state, _, moved = step(replace(state, rate=rate), random.normal(size=(4, 2)))
+    assert bool(moved)
+    assert_allclose([float(state.rate.taken), float(state.rate.rate)], [0.2, 1.7 * 0.2], rtol=1e-14)
+    expected = 0.8 * 100 * np.eye(2) + 0.2 * np.array([[6.0, 1.0], [1.0, 1.0]])
+    assert_allclose(backend.precision_array(state.precision), expected, rtol=1e-12)
+
+
 def test_the_fixed_point_is_reached_and_the_error_falls_with_the_draws(backend):
     """Against Gauss–Hermite quadrature: E_q[∇ℓ] = 0 and E_q[∇²ℓ] = S."""
     step, state = stepper(backend, counts), started(backend, [0.0, 0.0], 100 * np.eye(2))
@@ -88,6 +102,7 @@ def test_a_draw_without_a_finite_loss_moves_nothing_and_brings_the_next_ones_clo
     assert not bool(moved)
     assert int(after.skipped) == 1 and float(after.radius) == 0.5
     assert int(after.recycling.pool.count) == 0, "nothing that is not finite is kept"
+    assert float(after.evaluations) == 2 * (2 + 1), "a pair of Hessians and gradients was evaluated all the same"
     assert_allclose(backend.to_numpy(after.loc), [2.9, 0.0], rtol=0)
     for _ in range(60):
         after, *_ = step(after, np.array([[0.5, -0.3]] * 4))
@@ -107,23 +122,28 @@ def test_the_slope_of_an_exponential_is_left_in_fewer_steps_than_it_has_powers_o
     assert backend.to_numpy(state.loc)[0] < 35
 
 
-@pytest.mark.parametrize("loss", [quadratic, counts])
-def test_both_packages_take_the_same_steps(both, loss):
+@pytest.mark.parametrize(
+    ("loss", "loc"), [(quadratic, [0.4, -0.2]), (counts, [0.4, -0.2]), (undefined_beyond_three, [2.95, 0.0])]
+)
+def test_both_packages_take_the_same_steps(both, loss, loc):
+    """Steps that are refused, and what they cost, among them."""
     generator = np.random.default_rng(6)
     noise = generator.normal(size=(15, 4, 2))
     states = []
     for bridge in both:
-        step, state = stepper(bridge, loss), started(bridge, [0.4, -0.2], 25 * np.eye(2))
+        step, state = stepper(bridge, loss), started(bridge, loc, 25 * np.eye(2))
         for one in noise:
             state, *_ = step(state, one)
         states.append(state)
     first, second = states
-    assert_allclose(both[0].to_numpy(first.loc), both[1].to_numpy(second.loc), rtol=1e-9)
+    assert_allclose(both[0].to_numpy(first.loc), both[1].to_numpy(second.loc), rtol=1e-9, atol=1e-12)
     arrays = [bridge.precision_array(state.precision) for bridge, state in zip(both, states, strict=True)]
     assert_allclose(arrays[0], arrays[1], rtol=1e-9)
     for name in ("evaluations", "residual", "error"):
         assert_allclose(float(getattr(first, name)), float(getattr(second, name)), rtol=1e-6, atol=1e-12)
     assert int(first.recycling.num_pairs) == int(second.recycling.num_pairs)
+    assert int(first.skipped) == int(second.skipped)
+    assert (int(first.skipped) > 0) == (loss is undefined_beyond_three)
 
 
 def test_what_is_not_one_density_at_all_draws_is_not_recycled(backend):
@@ -139,8 +159,8 @@ def test_what_is_not_one_density_at_all_draws_is_not_recycled(backend):
         return model
 
     def keeps_draws(loss=None, **options):
-        fit = backend.start(make_model, cases.MEAN_FIELD.make, observed, loss=loss, **options).run(1)
-        return fit.gaussian_state().recycling is not None
+        fit = backend.start(make_model, cases.MEAN_FIELD.make, observed, loss=loss, **options)
+        return fit.first_gaussian_state().recycling is not None
 
     assert keeps_draws()
     assert not keeps_draws(learning_rate=0.5)

@@ -40,7 +40,7 @@ def check_equal(state: reference.State, expected: reference.State, rtol: float, 
     """All of the state; what is counted, exactly."""
     assert_allclose(state.loc, expected.loc, rtol=rtol, atol=atol)
     assert_allclose(state.precision, expected.precision, rtol=rtol, atol=atol)
-    assert_allclose(state.rate, expected.rate, rtol=1e-15)
+    assert_allclose([state.rate, state.taken], [expected.rate, expected.taken], rtol=1e-15)
     if expected.last_gradient is not None:
         assert_allclose(state.last_gradient, expected.last_gradient, rtol=rtol, atol=max(atol, 1e-10))
     counted = [(s.noisy_steps, s.rejected, s.radius, s.skipped) for s in (state, expected)]
@@ -316,6 +316,7 @@ def test_what_is_not_finite_moves_nothing(backend, kind, rate, random):
         state, _, moved = stepper(state, random.normal(size=(NUM_PAIRS, 4)))
         assert not moved
         check_untouched(backend, state, before, radius, skipped)
+        assert float(state.evaluations) == skipped * 2 * NUM_PAIRS * (4 + 1), "of Hessians and gradients, no proposal"
 
 
 @rates

@@ -36,7 +36,7 @@ def negative_elbo(loc: float, scale: float) -> float:
     return -(weights / weights.sum()) @ joint - np.log(scale) - 0.5 * np.log(2 * np.pi * np.e)
 
 
-@pytest.mark.parametrize("guide", [cases.MEAN_FIELD, cases.FULL_RANK], ids=str)
+@pytest.mark.parametrize("guide", [cases.MEAN_FIELD, pytest.param(cases.FULL_RANK, marks=pytest.mark.slow)], ids=str)
 def test_a_positive_latent_reaches_the_best_elbo(backend, guide):
     best = scipy.optimize.minimize(lambda at: negative_elbo(at[0], np.exp(at[1])), np.zeros(2), tol=1e-10).fun
     fit = backend.start(spread_model, guide.make, (OBSERVED,)).run(60)

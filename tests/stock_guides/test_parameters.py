@@ -159,6 +159,25 @@ def test_one_parameter_for_two_sites_is_no_gaussian_of_its_own(backend):
     start_warned(backend, "shared", two_latents, shared, learning_rate=1.0)
 
 
+def test_one_parameter_for_two_points_is_one_point(backend, random):
+    """AutoLaplaceApproximation's latent vector and the model's are one array where the model has no other latent."""
+    x, y = random.normal(size=(6, 3)), random.normal(size=6)
+
+    def make(host):
+        def model(x, y):
+            weights = host.sample("weights", host.dist.Normal(host.array(np.zeros(3)), 2.0).to_event(1))
+            with host.plate("data", 6):
+                host.sample("y", host.dist.Normal((x * weights).sum(-1), 0.5), obs=y)
+
+        return model
+
+    fit = backend.start(make, lambda host, model: host.autoguide.AutoLaplaceApproximation(model), (x, y)).run(1)
+    (point,) = fit.params.values()
+    rows, targets = np.vstack([np.eye(3), x]), np.append(np.zeros(3), y)
+    mean, _ = reference.linear_gaussian(rows, targets, np.repeat([2.0, 0.5], [3, 6]))
+    assert_allclose(point, mean, rtol=1e-12)
+
+
 def test_a_guide_without_a_gaussian_is_refused(backend):
     def gamma_model(host):
         def model(y):
