@@ -191,8 +191,11 @@ class IVON(_NumPyroOptim):
                 loss, aux = fn({**_weights.placeholders(layout, weights.loc), **own})
             return loss / settings.num_data, aux
 
+        point = (weights.loc, scales, opt_state.params)
+        if self.axis_name is not None:
+            point = _varying(point, self.axis_name)
         (loss, aux), (slope, scale_slope, g_own) = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)(
-            weights.loc, scales, opt_state.params
+            *point
         )
         g_own = jax.tree.map(lambda g: settings.num_data * g, g_own)  # of the loss itself, as the host would hand it on
         gradient = {name: slope[name] + surrogate[name][0] for name in slope}
@@ -253,6 +256,12 @@ class IVON(_NumPyroOptim):
             name: _ivon.scale_of(hessian, opt_state.priors[name], num_data, temperature)
             for name, hessian in weights.hessian.items()
         }
+
+
+def _varying(tree: Any, axis_name: Any) -> Any:
+    """The same values, as each position's own: of what is one for all, `jax.shard_map` adds the gradients up."""
+    zero = 0 * jax.lax.axis_index(axis_name)  # `jax.lax.pcast` does the same, but under neither vmap nor older jax
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 
 
 def _zeros(weights: State, accumulation_steps: int) -> tuple[Weights, Weights]:
