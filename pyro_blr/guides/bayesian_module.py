@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import pyro
@@ -21,7 +22,6 @@ from pyro.infer import SVI
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.distributions import constraints
-from torch.func import functional_call
 
 __all__ = ["AutoWeights", "BayesianModule", "Part"]
 
@@ -106,13 +106,20 @@ class BayesianModule(torch.nn.Module):
             self.parts.append(Part(key, named[key].shape, start, start + named[key].numel(), *priors[key]))
             start += named[key].numel()
         self.register_buffer("weights", torch.cat([named[part.name].detach().reshape(-1) for part in self.parts]))
-        empty = {
-            id(param): torch.nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
-            for param in named.values()
+        # where each tensor is to be put for a call: (the module that has it, its name there), more than one if shared
+        self._places = {
+            part.name: [
+                (owner, key)
+                for owner in module.modules()
+                for key, param in owner.named_parameters(recurse=False, remove_duplicate=False)
+                if param is named[part.name]
+            ]
+            for part in self.parts
         }
-        for owner in module.modules():  # a parameter may have several owners
-            for alias, param in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
-                owner.register_parameter(alias, empty[id(param)])
+        for part in self.parts:
+            empty = torch.nn.Parameter(torch.empty(part.shape, dtype=self.weights.dtype, device="meta"), False)
+            for owner, key in self._places[part.name]:
+                owner.register_parameter(key, empty)
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,12 +128,25 @@ class BayesianModule(torch.nn.Module):
 
     def apply_weights(self, weights: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module's output at `weights`, [P]; differentiable with respect to them."""
-        leaves = getattr(weights, "leaves", None)
-        if leaves is not None:  # a draw of IVON's, whose gradients are to arrive tensor by tensor
-            return functional_call(self.module, leaves, args, kwargs)
-        pieces = weights.split([part.stop - part.start for part in self.parts])
-        values = {part.name: piece.view(part.shape) for part, piece in zip(self.parts, pieces, strict=True)}
-        return functional_call(self.module, values, args, kwargs)
+        tensors = getattr(weights, "leaves", None)  # of a draw of IVON's, whose gradients arrive tensor by tensor
+        if tensors is None:
+            pieces = weights.split([part.stop - part.start for part in self.parts])
+            tensors = {part.name: piece.view(part.shape) for part, piece in zip(self.parts, pieces, strict=True)}
+        with self._placed(tensors):
+            return self.module(*args, **kwargs)
+
+    @contextmanager
+    def _placed(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """The module with these for its parameters; what `torch.func.functional_call` does, looked up once."""
+        before = [(owner, key, owner._parameters[key]) for places in self._places.values() for owner, key in places]
+        try:
+            for name, places in self._places.items():
+                for owner, key in places:
+                    owner._parameters[key] = tensors[name]  # type: ignore[assignment]
+            yield
+        finally:
+            for owner, key, param in before:
+                owner._parameters[key] = param
 
 
 def _prior_of(name: str, param: Tensor, prior_scale: Any) -> tuple[float, float]:

@@ -172,7 +172,7 @@ def test_what_numpyro_alone_can_ask_for_is_refused():
 
 @pytest.mark.parametrize("preconditioner", ["factored", "posterior"])
 def test_single_precision_stays_single_and_the_forward_pass_may_be_half(numpyro_bridge, preconditioner):
-    """float32 and float64 sites in one model, bfloat16 within it; every array of the state has the dtype of its site."""
+    """float32 and float64 sites in one model, bfloat16 within it; the state of a site has its dtype."""
 
     def mixed():
         single = numpyro.sample("a", dist.Normal(jnp.zeros((2, 3), "float32"), jnp.float32(1.0)).to_event(2))
