@@ -220,9 +220,9 @@ class IVON(pyro.optim.PyroOptim):
         assert self.state is not None
         state, temperature = self.state, self._temperature()
         generator = torch.Generator().manual_seed(state.seed + state.updates + state.skipped)
-        seed = int(torch.randint(2**62, (), generator=generator))
-        if self.process_group is not None:
-            seed += 2**32 * torch.distributed.get_rank(self.process_group)
+        rank = 0 if self.process_group is None else torch.distributed.get_rank(self.process_group)
+        # one after the other and not at a distance: torch's generator looks at 32 bits of a seed
+        seed = int(torch.randint(2**62, (rank + 1,), generator=generator)[rank])
         return _weights.Perturb(
             state.targets,
             state.weights.loc,
