@@ -15,7 +15,7 @@ from typing import Any
 import pyro.optim
 import torch
 import torch.distributed
-from pyro.infer import SVI
+from pyro.infer import SVI, JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceMeanField_ELBO
 from torch import Tensor
 from torch.distributions import transform_to
 
@@ -29,6 +29,7 @@ __all__ = ["IVON", "IVONState"]
 LEARNING_RATES = {"factored": 0.04, "posterior": 0.1}
 MEMORIES = {"factored": 0.9999, "posterior": 0.99999}  # of the curvature
 
+COMPILED_LOSSES = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceMeanField_ELBO)
 Statistics = list[tuple[str, Tensor, Tensor]]
 
 
@@ -149,6 +150,11 @@ class IVON(pyro.optim.PyroOptim):
         """The state for the parameters of `svi.guide` as they are now, or the one that was loaded for them."""
         _svi.check_params(params, "IVON")
         loss = _svi.check_loss(svi, "IVON")
+        if type(loss) in COMPILED_LOSSES:
+            raise TypeError(
+                f"IVON draws the weights of every step anew; got {type(loss).__name__}, which records the draws of the "
+                f"first. Use {_svi.SUPPORTED_LOSSES[type(loss)].__name__}."
+            )
         if loss.vectorize_particles and loss.num_particles > 1:
             raise ValueError(
                 f"IVON draws weights for one particle after the other; got {type(loss).__name__} with "
