@@ -202,15 +202,31 @@ class Bridge:
         )
 
     def start(
-        self, make_model: Callable, make_guide: Callable, args: tuple, *, loss: Any = None, **options: Any
+        self,
+        make_model: Callable,
+        make_guide: Callable,
+        args: tuple,
+        *,
+        loss: Any = None,
+        rule: str = "BLR",
+        **options: Any,
     ) -> Any:
-        """A fit by the stock SVI with `BLR(**options)` from seed 0, before its first step.
+        """A fit by the stock SVI with `rule(**options)` from seed 0, before its first step.
 
         Args:
             make_model, make_guide: host -> model, (host, model) -> guide.
             args: of the model, in NumPy.
+            rule: name of the optimizer in the package.
         """
-        return self.fit_class(self, make_model, make_guide, args, loss or self.loss(), options)
+        return self.fit_class(self, make_model, make_guide, args, loss or self.loss(), options, rule)
+
+    @property
+    def IVON(self) -> Any:
+        return import_module(self.package).IVON
+
+    @cached_property
+    def ivon(self) -> Any:
+        return self.module("optim._ivon")
 
     def natural_param(self, name: str, distribution: Any) -> Any:
         return import_module(self.package).natural_param(name, distribution)
@@ -256,7 +272,9 @@ class NumPyroBridge(Bridge):
         jax.config.update("jax_numpy_dtype_promotion", "strict")
         self.jax, self.numpyro, self.xp = jax, numpyro, jax.numpy
         self.host = SimpleNamespace(
+            record=self.record,
             sample=numpyro.sample,
+            factor=numpyro.factor,
             param=numpyro.param,
             plate=numpyro.plate,
             deterministic=numpyro.deterministic,
@@ -279,6 +297,28 @@ class NumPyroBridge(Bridge):
 
     def reset(self, seed: int) -> None:
         """Nothing is global here."""
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Called in a model: what `drawn` of a fit is to return."""
+        drawn = self.numpyro.primitives.mutable("drawn", self.jax.tree.map(self.xp.zeros_like, values))
+        drawn.update(values)
+
+    def ivon_init(self, loc: dict[str, np.ndarray], settings: Any) -> Any:
+        """The rule's state at m = `loc`."""
+        return self.ivon.init({name: self.array(value) for name, value in loc.items()}, settings)
+
+    def ivon_step(self, state: Any, gradient: dict, estimate: dict, priors: dict, rate: float, settings: Any) -> Any:
+        """A step of the rule from ĝ and ĥ, compiled by itself."""
+        arrays = [{name: self.array(value) for name, value in values.items()} for values in (gradient, estimate)]
+        return self._ivon_step(state, *arrays, priors, self.array(rate), settings)
+
+    @cached_property
+    def _ivon_step(self) -> Callable:
+        return self.jax.jit(self.ivon.step, static_argnums=5)
+
+    def ivon_unknown_prior(self) -> Any:
+        """Of a site whose prior's term stays in the loss."""
+        return self.ivon.Prior(self.array(0.0), self.array(0.0))
 
     def promotion(self, lax: bool) -> Any:
         """A context in which dtypes may be mixed, if `lax`."""
@@ -381,12 +421,13 @@ class NumPyroBridge(Bridge):
 class NumPyroFit:
     """The stock SVI, a step at a time."""
 
-    def __init__(self, bridge: NumPyroBridge, make_model, make_guide, args, loss, options) -> None:
+    def __init__(self, bridge: NumPyroBridge, make_model, make_guide, args, loss, options, rule) -> None:
         self.bridge, self.losses = bridge, []
         self.args = tuple(map(bridge.argument, args))
         self.model = make_model(bridge.host)
         self.guide = make_guide(bridge.host, self.model)
-        self.svi = bridge.numpyro.infer.SVI(self.model, self.guide, bridge.BLR(**options), loss)
+        optimizer = getattr(bridge, rule)(**options)
+        self.svi = bridge.numpyro.infer.SVI(self.model, self.guide, optimizer, loss)
         self.update = bridge.jax.jit(self.svi.update)
         self.first_state = self.state = self.svi.init(bridge.jax.random.key(0), *self.args)
 
@@ -421,6 +462,39 @@ class NumPyroFit:
     def first_gaussian_state(self) -> Any:
         """As early as there is one."""
         return self.gaussian_state()
+
+    @property
+    def ivon_state(self) -> Any:
+        """What `IVON` carries, ready before the first step."""
+        return self.state.optim_state[1]
+
+    def ivon_arrays(self, field: str) -> dict[str, np.ndarray]:
+        """A field of `IVON`'s state, by site."""
+        return numpy_dict(getattr(self.ivon_state.weights, field), np.array)
+
+    def ivon_sums(self, site: str) -> tuple[np.ndarray, np.ndarray]:
+        """Σ ĝ and Σ ĥ since the last step."""
+        gradients, estimates = self.ivon_state.sums
+        return np.array(gradients[site]), np.array(estimates[site])
+
+    def with_ivon_momentum(self, site: str, momentum: np.ndarray) -> NumPyroFit:
+        count, state = self.state.optim_state
+        weights = replace(state.weights, momentum={**state.weights.momentum, site: self.bridge.array(momentum)})
+        self.state = self.state._replace(optim_state=(count, replace(state, weights=weights)))
+        return self
+
+    @property
+    def drawn(self) -> dict[str, np.ndarray]:
+        """What the model was given by the guide at the last step, as `host.record` was told."""
+        return numpy_dict(self.state.mutable_state["drawn"], np.array)
+
+    def evaluate(self, num_draws: int) -> np.ndarray:
+        """Losses of the host at draws of its own, by `SVI.evaluate`."""
+        random = self.bridge.jax.random
+        keys = random.split(random.key(3), num_draws)
+        states = [self.state._replace(rng_key=key) for key in keys]
+        evaluate = self.bridge.jax.jit(self.svi.evaluate)
+        return np.array([evaluate(state, *self.args) for state in states])
 
     @property
     def params(self) -> dict[str, np.ndarray]:
@@ -495,7 +569,9 @@ class PyroBridge(Bridge):
         pyro.enable_validation(True)
         self.torch, self.pyro, self.xp = torch, pyro, torch
         self.host = SimpleNamespace(
+            record=self.record,
             sample=pyro.sample,
+            factor=pyro.factor,
             param=pyro.param,
             plate=pyro.plate,
             deterministic=pyro.deterministic,
@@ -522,6 +598,25 @@ class PyroBridge(Bridge):
     def reset(self, seed: int) -> None:
         self.pyro.clear_param_store()
         self.pyro.set_rng_seed(seed)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Called in a model: what `drawn` of a fit is to return."""
+        self.recorded = {name: self.to_numpy(value).copy() for name, value in values.items()}
+
+    def ivon_init(self, loc: dict[str, np.ndarray], settings: Any) -> Any:
+        """The rule's state at m = `loc`."""
+        start = {name: self.array(value) for name, value in loc.items()}
+        hessian = {name: self.torch.empty_like(value) for name, value in start.items()}
+        return self.ivon.init(start, hessian, {name: (value.shape,) for name, value in start.items()}, settings)
+
+    def ivon_step(self, state: Any, gradient: dict, estimate: dict, priors: dict, rate: float, settings: Any) -> Any:
+        """A step of the rule from ĝ and ĥ, which writes in place."""
+        found = [(name, self.array(gradient[name]), self.array(estimate[name])) for name in gradient]
+        return self.ivon.step(state, found, priors, rate, settings)
+
+    def ivon_unknown_prior(self) -> Any:
+        """Of a site whose prior's term stays in the loss."""
+        return self.ivon.Prior(0.0, 0.0)
 
     def array(self, value: Any, dtype: str = "float64") -> Any:
         return self.torch.as_tensor(np.array(value), dtype=getattr(self.torch, dtype))
@@ -612,8 +707,9 @@ class PyroBridge(Bridge):
 class PyroFit:
     """The stock SVI, a step at a time."""
 
-    def __init__(self, bridge: PyroBridge, make_model, make_guide, args, loss, options) -> None:
+    def __init__(self, bridge: PyroBridge, make_model, make_guide, args, loss, options, rule) -> None:
         self.bridge, self.losses, self.loss, self.options = bridge, [], loss, options
+        self.optimizer = getattr(bridge, rule)
         self.args = tuple(map(bridge.argument, args))
         self.model, self.make_guide = make_model(bridge.host), make_guide
         self.again(seed=0)
@@ -623,7 +719,7 @@ class PyroFit:
         self.bridge.reset(seed)
         self.guide = self.make_guide(self.bridge.host, self.model)
         self.guide(*self.args)  # makes its parameters
-        self.svi = self.bridge.pyro.infer.SVI(self.model, self.guide, self.bridge.BLR(**self.options), self.loss)
+        self.svi = self.bridge.pyro.infer.SVI(self.model, self.guide, self.optimizer(**self.options), self.loss)
         return self
 
     def stopped_and_resumed(self) -> PyroFit:
@@ -657,6 +753,47 @@ class PyroFit:
 
     def gaussian_state(self) -> Any:
         return self.svi.optim.state.gaussian
+
+    @property
+    def ivon_state(self) -> Any:
+        """What `IVON` carries, read off model and guide as at the first step."""
+        if self.svi.optim.state is None:
+            with self.bridge.pyro.poutine.trace(param_only=True) as found:
+                self.svi.loss(self.model, self.guide, *self.args)
+            params = [site["value"].unconstrained() for site in found.trace.nodes.values()]
+            loaded = self.svi.optim._loaded
+            state = self.svi.optim.init(self.svi, self.args, {}, params)
+            self.svi.optim._loaded = loaded  # which `init` takes up once
+            return state
+        return self.svi.optim.state
+
+    def ivon_arrays(self, field: str) -> dict[str, np.ndarray]:
+        """A field of `IVON`'s state, by the model's site: AutoNormal draws in sites of its own."""
+        arrays = getattr(self.ivon_state.weights, field)
+        return {name.removesuffix("_unconstrained"): self._copied(value) for name, value in arrays.items()}
+
+    def ivon_sums(self, site: str) -> tuple[np.ndarray, np.ndarray]:
+        """Σ ĝ and Σ ĥ since the last step."""
+        names = (f"{site}_unconstrained", site)
+        sums = self.ivon_state.sums or [(site, *2 * [self.bridge.array(0.0)])]
+        ((gradients, estimates),) = (pair for name, *pair in sums if name in names)
+        return self._copied(gradients), self._copied(estimates)
+
+    def with_ivon_momentum(self, site: str, momentum: np.ndarray) -> PyroFit:
+        self.svi.optim.state = self.ivon_state
+        state = self.svi.optim.get_state()
+        (name,) = (name for name in state["momentum"] if name in (f"{site}_unconstrained", site))
+        self.svi.optim.set_state({**state, "momentum": {**state["momentum"], name: self.bridge.array(momentum)}})
+        return self
+
+    @property
+    def drawn(self) -> dict[str, np.ndarray]:
+        """What the model was given by the guide at the last step, as `host.record` was told."""
+        return self.bridge.recorded
+
+    def evaluate(self, num_draws: int) -> np.ndarray:
+        """Losses of the host at draws of its own, by `SVI.evaluate_loss`."""
+        return np.array([self.svi.evaluate_loss(*self.args) for _ in range(num_draws)])
 
     def first_gaussian_state(self) -> Any:
         """The optimizer sees the guide at its first step, and not before."""

@@ -450,3 +450,175 @@ GUIDES = (
     Guide("Normal by hand", written_normal, every_coordinate),
     Guide("MultivariateNormal by hand", written_multivariate_normal, every_site),
 )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks and what else has many weights
+
+
+@dataclass(frozen=True)
+class Network:
+    """y ~ N(tanh(x A + b) c + d, 0.5) with a Normal prior on every weight, and the derivatives of it by hand.
+
+    Attributes:
+        inputs, targets: x [N, 3] and y [N].
+        priors: (m₀, s₀) of each site.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    priors: dict[str, tuple[Any, Any]]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"a_weight": (3, 4), "b_bias": (4,), "c_weight": (4,), "d_bias": ()}
+
+    def make(self, host: Any) -> Callable:
+        def model(x, y):
+            weights = {}
+            for name, shape in self.shapes.items():
+                loc, scale = (host.array(np.broadcast_to(value, shape)) for value in self.priors[name])
+                weights[name] = host.sample(name, host.dist.Normal(loc, scale).to_event(len(shape)))
+            host.record(weights)
+            a, b, c, d = weights.values()
+            with host.plate("data", len(x)):
+                host.sample("y", host.dist.Normal(host.xp.tanh(x @ a + b) @ c + d, 0.5), obs=y)
+
+        return model
+
+    @property
+    def args(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.inputs, self.targets
+
+    def gradient(self, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Of −log p(y | x, w), the prior left out."""
+        a, b, c, d = weights.values()
+        hidden = np.tanh(self.inputs @ a + b)
+        residual = (hidden @ c + d - self.targets) / 0.5**2
+        inner = np.outer(residual, c) * (1 - hidden**2)
+        return dict(
+            zip(weights, (self.inputs.T @ inner, inner.sum(0), hidden.T @ residual, residual.sum()), strict=True)
+        )
+
+
+@functools.cache
+def network() -> Network:
+    random = np.random.default_rng(9)
+    x = random.normal(size=(12, 3))
+    y = np.sin(x.sum(1)) + 0.3 * random.normal(size=12)
+    priors = {
+        "a_weight": (0.0, 0.6),
+        "b_bias": (0.2, 0.5),
+        "c_weight": (0.0, np.array([0.5, 1.0, 1.5, 2.0])),  # of each element
+        "d_bias": (0.4, 0.3),
+    }
+    return Network(x, y, priors)
+
+
+def poisson_model(problem: PoissonRegression) -> Callable:
+    """host -> the model of a `PoissonRegression`, whose prior is the standard Normal."""
+
+    def make(host):
+        def model(x, y):
+            z = host.sample("z", host.dist.Normal(host.array(np.zeros(x.shape[1])), 1.0).to_event(1))
+            host.record({"z": z})
+            with host.plate("data", len(x)):
+                host.sample("y", host.dist.Poisson(host.xp.exp(x @ z)), obs=y)
+
+        return model
+
+    return make
+
+
+MEANS = {"loc": (0.5, 0.0, 0.0), "scale": (1.0, 0.7, 2.0)}  # of the priors of the models below
+
+
+def means(name: str, make: Callable, y: np.ndarray, repeats: int = 1) -> Model:
+    """y_ij ~ N(z_j, 0.5), each `repeats` times: a posterior whose precision is diagonal."""
+    basis = np.eye(3)
+    prior = [(row, loc, scale) for row, loc, scale in zip(basis, MEANS["loc"], MEANS["scale"], strict=True)]
+    likelihood = [(basis[j], y[i, j], 0.5) for i in range(len(y)) for j in range(3)] * repeats
+    return Model(name, make, (y,), (*prior, *likelihood), {"z": 3})
+
+
+def rows_of_three(num_rows: int) -> np.ndarray:
+    return np.random.default_rng(10).normal([1.0, -2.0, 0.5], 0.5, size=(num_rows, 3))
+
+
+def prior_of_means(host: Any) -> Any:
+    return host.dist.Normal(host.array(MEANS["loc"]), host.array(MEANS["scale"])).to_event(1)
+
+
+@functools.cache
+def separable_means() -> Model:
+    """N is 15, and the curvature of ℓ̄ is 5/(15 · 0.5²) = 4/3."""
+
+    def make(host):
+        def model(y):
+            z = host.sample("z", prior_of_means(host))
+            with host.plate("rows", 5, dim=-2), host.plate("columns", 3, dim=-1):
+                host.sample("y", host.dist.Normal(z, 0.5), obs=y)
+
+        return model
+
+    return means("separable means", make, rows_of_three(5))
+
+
+@functools.cache
+def subsampled_means() -> Model:
+    """Minibatches of two rows of eight, which all say the same."""
+
+    def make(host):
+        def model(y):
+            z = host.sample("z", prior_of_means(host))
+            with host.plate("rows", 8, subsample_size=2) as rows:
+                host.sample("y", host.dist.Normal(z, 0.5).to_event(1), obs=y[rows])
+
+        return model
+
+    return means("subsampled means", make, np.repeat(rows_of_three(1), 8, axis=0))
+
+
+@functools.cache
+def positive_means() -> Model:
+    """The same in exp(z), whose prior is no Normal and whose support is the half line."""
+
+    def make(host):
+        def model(y):
+            prior = host.dist.LogNormal(host.array(MEANS["loc"]), host.array(MEANS["scale"])).to_event(1)
+            rate = host.sample("z", prior)
+            with host.plate("rows", 5):
+                host.sample("y", host.dist.Normal(host.xp.log(rate), 0.5).to_event(1), obs=y)
+
+        return model
+
+    return means("positive means", make, rows_of_three(5))
+
+
+@functools.cache
+def weighted_means() -> Model:
+    """Every term counts twice, but for the masked ones, which do not count."""
+    y = rows_of_three(5)
+    mask = np.array([True, False, True, True, False])
+
+    def make(host):
+        def model(y):
+            z = host.sample("z", prior_of_means(host))
+            with host.plate("rows", 5), host.mask(host.integer(mask)), host.scale(2.0):
+                host.sample("y", host.dist.Normal(z, 0.5).to_event(1), obs=y)
+
+        return model
+
+    made = means("weighted means", make, y[mask], repeats=2)
+    return Model(made.name, made.make, (y,), made.factors, made.sites)
+
+
+def means_by_hand(host, model):
+    """Mean field for the models above."""
+
+    def guide(y):
+        loc = host.param("loc", host.array(np.zeros(3)))
+        scale = host.param("scale", host.array(np.ones(3)), constraint=host.constraints.positive)
+        host.sample("z", host.dist.Normal(loc, scale).to_event(1))
+
+    return guide

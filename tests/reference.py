@@ -285,3 +285,123 @@ def not_worse(before: np.ndarray, after: np.ndarray) -> bool:
     standard_error = change.std(ddof=1) / num_pairs**0.5
     rounding = 64 * np.finfo(np.float64).eps * np.abs(before).mean()
     return bool(np.isfinite(after).all() and change.mean() <= standard_error + rounding)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# IVON, an array of weights at a time
+
+
+@dataclass(frozen=True)
+class IVONSettings:
+    """Of the recursion; N and the memories by the names of the packages.
+
+    `weight_decay` is δ, `prior_loc` m₀, each a number or an array like the weights. Temperature τ is N/ess.
+    """
+
+    num_data: float
+    weight_decay: np.ndarray | float
+    prior_loc: np.ndarray | float = 0.0
+    temperature: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    beta3: float = 0.99
+    hess_init: float = 0.1
+    clip_radius: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """m, ḡ, h, and the averages over columns and rows of the squared gradient: the vector itself, and 1, for a vector.
+
+    `count` is the number of steps so far.
+    """
+
+    loc: np.ndarray
+    momentum: np.ndarray
+    hessian: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    count: int = 0
+
+    @staticmethod
+    def at(loc: np.ndarray, hess_init: float) -> Weights:
+        rows, columns = rows_and_columns(np.zeros_like(loc))
+        return Weights(loc, np.zeros_like(loc), np.full_like(loc, hess_init), rows, columns)
+
+    def scale(self, settings: IVONSettings) -> np.ndarray:
+        """σ = 1/√(ess (h + δ))"""
+        ess = settings.num_data / settings.temperature
+        return 1 / np.sqrt(ess * (self.hessian + settings.weight_decay))
+
+
+def as_two_axes(array: np.ndarray) -> np.ndarray:
+    """A matrix from an array of two or more axes, as square as a cut between two of them can make it."""
+    cuts = [(int(np.prod(array.shape[:axis])), int(np.prod(array.shape[axis:]))) for axis in range(1, array.ndim)]
+    return array.reshape(cuts[int(np.argmin([abs(rows - columns) for rows, columns in cuts]))])
+
+
+def rows_and_columns(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if squares.ndim < 2:
+        return squares, np.ones(1)
+    matrix = as_two_axes(squares)
+    return matrix.mean(axis=1), matrix.mean(axis=0)
+
+
+def published_ivon(weights: Weights, draw: np.ndarray, gradient: np.ndarray, rate: float, s: IVONSettings) -> Weights:
+    """Shen et al. 2024, Algorithm 1, as its authors' code has it, with the decay towards m₀.
+
+    The rate is rescaled by h₀ + δ, ḡ is debiased and h is not, the direction is clipped before the rate.
+
+    Args:
+        draw, gradient: w, and ∇ℓ̄ at it.
+    """
+    offset, ess = draw - weights.loc, s.num_data / s.temperature
+    estimate = gradient * offset * ess * (weights.hessian + s.weight_decay)
+    momentum = s.beta1 * weights.momentum + (1 - s.beta1) * gradient
+    hessian = (
+        s.beta2 * weights.hessian
+        + (1 - s.beta2) * estimate
+        + 0.5 * (1 - s.beta2) ** 2 * (weights.hessian - estimate) ** 2 / (weights.hessian + s.weight_decay)
+    )
+    debiased = momentum / (1 - s.beta1 ** (weights.count + 1))
+    ascent = (debiased + s.weight_decay * (weights.loc - s.prior_loc)) / (hessian + s.weight_decay)
+    loc = weights.loc - rate * (s.hess_init + s.weight_decay) * np.clip(ascent, -s.clip_radius, s.clip_radius)
+    return replace(weights, loc=loc, momentum=momentum, hessian=hessian, count=weights.count + 1)
+
+
+def factored_estimate(weights: Weights, draw: np.ndarray, gradient: np.ndarray, s: IVONSettings) -> np.ndarray:
+    """ĥ = ε (ĝ − ḡ)/σ − h (ε² − 1), with the debiased ḡ of the steps before."""
+    scale = weights.scale(s)
+    noise = (draw - weights.loc) / scale
+    slope = weights.momentum / (1 - s.beta1**weights.count) if weights.count else 0.0
+    return noise * (gradient - slope) / scale - weights.hessian * (noise**2 - 1)
+
+
+def factored_ivon(
+    weights: Weights, gradient: np.ndarray, estimate: np.ndarray, rate: float, s: IVONSettings
+) -> Weights:
+    """The default recursion, from ĝ and ĥ; the prior's standard deviation is the unit of a step."""
+    count = weights.count + 1
+    momentum = s.beta1 * weights.momentum + (1 - s.beta1) * gradient
+    straight = s.beta2 * weights.hessian + (1 - s.beta2) * estimate
+    halved = (weights.hessian + s.weight_decay) / 2 - s.weight_decay
+    pull = s.weight_decay * (weights.loc - s.prior_loc)
+    rows, columns = (
+        s.beta3 * old + (1 - s.beta3) * new
+        for old, new in zip((weights.rows, weights.columns), rows_and_columns((gradient + pull) ** 2), strict=True)
+    )
+    second_moment = rows if gradient.ndim < 2 else (np.outer(rows, columns) / rows.mean()).reshape(gradient.shape)
+    nesterov = (
+        s.beta1 * momentum / (1 - s.beta1 ** (count + 1)) + (1 - s.beta1) * gradient / (1 - s.beta1**count) + pull
+    )
+    direction = nesterov / (np.sqrt(second_moment / (1 - s.beta3**count)) + 1e-8)
+    decay = np.asarray(s.weight_decay)
+    unit = 1 / np.sqrt(s.num_data * np.where(decay > 0, decay, 1 / s.num_data))
+    return Weights(
+        loc=weights.loc - rate * unit * np.clip(direction, -s.clip_radius, s.clip_radius),
+        momentum=momentum,
+        hessian=np.maximum(straight, halved),
+        rows=rows,
+        columns=columns,
+        count=count,
+    )

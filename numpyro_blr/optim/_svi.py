@@ -39,7 +39,7 @@ __all__ = [
 SUPPORTED_LOSSES = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
 
 
-def calling_svi(method: Callable) -> tuple[SVI, tuple, dict]:
+def calling_svi(method: Callable, rule: str = "BLR") -> tuple[SVI, tuple, dict]:
     """The `SVI` object whose `method` is being executed, with the model's arguments.
 
     SVI hands an optimizer no program, but it calls the optimizer from its own methods: the caller's frame has it.
@@ -49,44 +49,44 @@ def calling_svi(method: Callable) -> tuple[SVI, tuple, dict]:
         frame = frame.f_back
     if frame is None:
         raise RuntimeError(
-            f"BLR must be initialised by SVI.{method.__name__}, which knows the guide; it was called without one. "
-            "Pass it to `SVI(model, guide, BLR(), loss)` and call `svi.init` or `svi.run`."
+            f"{rule} must be initialised by SVI.{method.__name__}, which knows the guide; it was called without one. "
+            f"Pass it to `SVI(model, guide, {rule}(), loss)` and call `svi.init` or `svi.run`."
         )
     return frame.f_locals["self"], frame.f_locals["args"], frame.f_locals["kwargs"]
 
 
-def check_loss(loss: Any) -> None:
+def check_loss(loss: Any, rule: str = "BLR") -> None:
     """A rule for E_q[ℓ] − H(q) is wrong for any other objective, however small its gradient."""
     if not isinstance(loss, SUPPORTED_LOSSES):
         raise TypeError(
-            f"BLR minimises the negative ELBO, E_q[-log p] - H(q); got {type(loss).__name__}. "
+            f"{rule} minimises the negative ELBO, E_q[-log p] - H(q); got {type(loss).__name__}. "
             f"Use one of {', '.join(kind.__name__ for kind in SUPPORTED_LOSSES)}."
         )
     if getattr(loss, "multi_sample_guide", False):
-        raise TypeError("BLR draws its own samples: use `num_particles` instead of `multi_sample_guide=True`.")
+        raise TypeError(f"{rule} draws its own samples: use `num_particles` instead of `multi_sample_guide=True`.")
 
 
-def check_params(params: Mapping[str, Any]) -> None:
+def check_params(params: Mapping[str, Any], rule: str = "BLR") -> None:
     for name, value in params.items():
         for leaf in jax.tree.leaves(value):
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 raise TypeError(
-                    f"BLR updates real floating-point parameters; '{name}' has dtype {jnp.result_type(leaf)}. "
+                    f"{rule} updates real floating-point parameters; '{name}' has dtype {jnp.result_type(leaf)}. "
                     "Give it a floating-point initial value, or make it an argument of the model."
                 )
 
 
-def checked_state(state: Any, kind: type) -> tuple[Array, Any]:
+def checked_state(state: Any, kind: type, rule: str = "BLR") -> tuple[Array, Any]:
     """(step, optimizer state), or the reason why this is none."""
     if not (isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], kind)):
         raise TypeError(
-            f"BLR cannot continue from an optimizer state of type {type(state[-1] if state else state).__name__}: "
-            "pass an `init_state` that came from SVI with BLR, or start anew with `init_params`."
+            f"{rule} cannot continue from an optimizer state of type {type(state[-1] if state else state).__name__}: "
+            f"pass an `init_state` that came from SVI with {rule}, or start anew with `init_params`."
         )
     return state
 
 
-def report_skipped(count: Any, skipped: Any) -> None:
+def report_skipped(count: Any, skipped: Any, rule: str = "BLR") -> None:
     """Warn of steps that were not finite; raise once ten or more were taken and nothing else."""
     if isinstance(skipped, jax.core.Tracer) or not (skipped > 0).any():
         return
@@ -94,10 +94,10 @@ def report_skipped(count: Any, skipped: Any) -> None:
     described = f"{skipped} of {count} steps had a loss or gradient that is not finite"
     if (skipped == count).all() and (count >= 10).all():
         raise FloatingPointError(
-            f"BLR: {described}, so the guide is where it started. Start it elsewhere (`init_loc_fn`, for example "
+            f"{rule}: {described}, so the guide is where it started. Start it elsewhere (`init_loc_fn`, for example "
             "init_to_value or init_to_median), or find the site with `numpyro.validation_enabled()`."
         )
-    warnings.warn(f"BLR: {described}; they left the guide as it was.", stacklevel=4)
+    warnings.warn(f"{rule}: {described}; they left the guide as it was.", stacklevel=4)
 
 
 def host_optimizer(others: Any) -> _NumPyroOptim:

@@ -63,8 +63,9 @@ def survey(svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[
             guide_trace = trace(substitute(svi.guide, constrained)).get_trace(*args, **kwargs)
             model = replay(substitute(svi.model, constrained), guide_trace)
             model_trace = trace(model).get_trace(*args, **kwargs)
-        for site in layout.sites:
-            _check_site(guide_trace[site.name], guide_trace)
+        for site, seen in ((site, seen) for site in layout.sites for seen in (guide_trace, model_trace)):
+            if site.name in seen:
+                _check_site(seen[site.name], seen)
         observed = [site for site in model_trace.values() if site["type"] == "sample" and site["is_observed"]]
         num_data = sum((_num_elements(site) for site in observed), start=jnp.zeros(()))
         return num_data, {
@@ -100,21 +101,24 @@ def _check_site(message: dict, guide_trace: dict) -> None:
 
 def _num_elements(message: dict) -> Array:
     """Σ of the scale over the elements that are not masked; a batch that `to_event` made an event counts as a batch."""
-    fn, mask = message["fn"], None
+    fn = message["fn"]
+    weight = jnp.asarray(1.0 if message["scale"] is None else message["scale"], float) * jnp.ones(fn.batch_shape)
     while isinstance(fn, (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
         if isinstance(fn, dist.MaskedDistribution):
-            mask = fn._mask if mask is None else mask & fn._mask
-        if isinstance(fn, dist.ExpandedDistribution):
-            break
+            weight = jnp.where(fn._mask, weight, 0.0)
+        elif isinstance(fn, dist.Independent):
+            axes = fn.event_shape[: fn.reinterpreted_batch_ndims]
+            weight = weight.reshape(weight.shape + (1,) * len(axes)) * jnp.ones(axes)
         fn = fn.base_dist
-    count = jnp.ones(fn.batch_shape) * (1.0 if message["scale"] is None else message["scale"])
-    return jnp.sum(count if mask is None else jnp.where(mask, count, 0.0))
+    return weight.sum()
 
 
 def _normal(message: dict) -> Any:
-    """The prior of a site, where it is a Normal for each of its elements."""
-    base, transforms = unwrap(message["fn"])
-    return base if isinstance(base, dist.Normal) and not transforms else None
+    """The prior of a site, where it is a Normal for each of its elements, of which none is masked."""
+    (base, transforms), fn = unwrap(message["fn"]), message["fn"]
+    while fn is not base and not isinstance(fn, dist.MaskedDistribution):
+        fn = fn.base_dist
+    return base if fn is base and isinstance(base, dist.Normal) and not transforms else None
 
 
 def _same(pair: tuple[Array, Array], other: tuple[Array, Array]) -> bool:

@@ -130,9 +130,9 @@ class IVON(_NumPyroOptim):
 
     def init(self, params: Mapping[str, Any]) -> tuple[Array, IVONState]:
         """The state for SVI's unconstrained `params`; called by `SVI.init`, from which it learns guide and model."""
-        _svi.check_params(params)
-        svi, args, kwargs = _svi.calling_svi(SVI.init)
-        _svi.check_loss(svi.loss)
+        _svi.check_params(params, "IVON")
+        svi, args, kwargs = _svi.calling_svi(SVI.init, "IVON")
+        _svi.check_loss(svi.loss, "IVON")
         layout = recognise(svi, args, kwargs, params, learned_scales_only=True, rule="IVON")
         _weights.check_layout(layout)
         num_data, priors = _weights.survey(svi, args, kwargs, layout, params)
@@ -162,8 +162,8 @@ class IVON(_NumPyroOptim):
 
     def get_params(self, state: tuple[Array, IVONState]) -> dict[str, Any]:
         """The guide's unconstrained parameters; reports updates that were skipped, where the state is not traced."""
-        count, opt_state = _svi.checked_state(state, IVONState)
-        _svi.report_skipped(count, opt_state.skipped)
+        count, opt_state = _svi.checked_state(state, IVONState, "IVON")
+        _svi.report_skipped(count, opt_state.skipped, "IVON")
         params = dict(opt_state.params)
         scales = self._scales(opt_state)
         for site in opt_state.layout.sites:
@@ -175,7 +175,7 @@ class IVON(_NumPyroOptim):
         self, fn: Callable, state: tuple[Array, IVONState], forward_mode_differentiation: bool = False
     ) -> tuple[tuple[Array, Any], tuple[Array, IVONState]]:
         """One update on SVI's loss `fn`: ((the loss, with its KL divergence exact, host's auxiliary), next state)."""
-        count, opt_state = _svi.checked_state(state, IVONState)
+        count, opt_state = _svi.checked_state(state, IVONState, "IVON")
         if forward_mode_differentiation:
             raise ValueError(
                 "IVON needs the gradient of every weight, which forward mode gives one by one: leave out "
@@ -191,9 +191,13 @@ class IVON(_NumPyroOptim):
                 loss, aux = fn({**_weights.placeholders(layout, weights.loc), **own})
             return loss / settings.num_data, aux
 
+        point = (weights.loc, scales, opt_state.params)
+        if self.axis_name is not None:
+            point = _varying(point, self.axis_name)
         (loss, aux), (slope, scale_slope, g_own) = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)(
-            weights.loc, scales, opt_state.params
+            *point
         )
+        g_own = jax.tree.map(lambda g: settings.num_data * g, g_own)  # of the loss itself, as the host would hand it on
         gradient = {name: slope[name] + surrogate[name][0] for name in slope}
         estimate = {
             name: _ivon.curvature(scales[name] * scale_slope[name], scales[name], surrogate[name][1]) for name in slope
@@ -252,6 +256,12 @@ class IVON(_NumPyroOptim):
             name: _ivon.scale_of(hessian, opt_state.priors[name], num_data, temperature)
             for name, hessian in weights.hessian.items()
         }
+
+
+def _varying(tree: Any, axis_name: Any) -> Any:
+    """The same values, as each position's own: of what is one for all, `jax.shard_map` adds the gradients up."""
+    zero = 0 * jax.lax.axis_index(axis_name)  # `jax.lax.pcast` does the same, but under neither vmap nor older jax
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 
 
 def _zeros(weights: State, accumulation_steps: int) -> tuple[Weights, Weights]:

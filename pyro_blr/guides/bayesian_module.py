@@ -68,12 +68,12 @@ class BayesianModule(torch.nn.Module):
 
     Raises:
         TypeError: for a module without parameters, or with several dtypes.
-        ValueError: for a prior_scale that is not positive.
+        ValueError: for a prior_scale that is not positive; in a model, for a call within a plate.
 
     Example:
         >>> net = BayesianModule(torch.nn.Linear(3, 2))
         >>> def model(x, y):
-        ...     logits = net(x)  # not inside the plate: there are no weights for each datum
+        ...     logits = net(x)  # outside of the plate: all data have the same weights
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("y", dist.Categorical(logits=logits), obs=y)
         >>> svi = SVI(model, AutoWeights(model, net), IVON(), Trace_ELBO())
@@ -100,7 +100,9 @@ class BayesianModule(torch.nn.Module):
         self.parts: list[Part] = []
         priors = {key: _prior_of(key, param, prior_scale) for key, param in named.items()}
         start = 0
-        for key in sorted(named, key=priors.__getitem__):  # what has the same prior is updated in one go
+        # What has the same prior is updated in one go. By names and scales, and not by values that another start of the
+        # same module would not have: a stored vector of weights is to be read as it was written.
+        for key in sorted(named, key=lambda key: (priors[key][1], key.rpartition(".")[2])):
             self.parts.append(Part(key, named[key].shape, start, start + named[key].numel(), *priors[key]))
             start += named[key].numel()
         self.register_buffer("weights", torch.cat([named[part.name].detach().reshape(-1) for part in self.parts]))
@@ -170,7 +172,10 @@ class WeightsPrior(TorchDistribution):
         super().__init__(event_shape=like.shape, validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
-        return dist.Normal(*self._flat()).to_event(1).expand(batch_shape)
+        raise ValueError(
+            f"a BayesianModule has one vector of weights for all data, and was asked for {tuple(batch_shape)} of them. "
+            "Call it outside of plates, with vectorize_particles=False and Predictive(parallel=False)."
+        )
 
     def _flat(self) -> tuple[Tensor, Tensor]:
         loc, scale = torch.empty_like(self.like), torch.empty_like(self.like)

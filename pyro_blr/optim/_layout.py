@@ -188,7 +188,7 @@ def recognise(
         others=dict(sorted(others.items())),
     )
     _report(layout, probe, rule, alone)
-    _check_plates(loss, layout, probe, stock_gradients)
+    _check_plates(loss, layout, probe, stock_gradients and rule == "BLR")  # IVON has its own word for them
     return layout
 
 

@@ -78,7 +78,7 @@ SUPPORTED_LOSSES: dict[type, Any] = {
 }
 
 
-def calling_svi(method: Callable) -> tuple[SVI, tuple, dict]:
+def calling_svi(method: Callable, rule: str = "BLR") -> tuple[SVI, tuple, dict]:
     """The `SVI` object whose `method` is being executed, with the model's arguments.
 
     SVI hands an optimizer no program, but it calls the optimizer from its own methods: the caller's frame has it.
@@ -88,42 +88,42 @@ def calling_svi(method: Callable) -> tuple[SVI, tuple, dict]:
         frame = frame.f_back
     if frame is None:
         raise RuntimeError(
-            f"BLR must be called by SVI.{method.__name__}, which knows the guide and the loss; it was called without "
-            "one. Pass it to `SVI(model, guide, BLR(), loss)` and call `svi.step`."
+            f"{rule} must be called by SVI.{method.__name__}, which knows the guide and the loss; it was called "
+            f"without one. Pass it to `SVI(model, guide, {rule}(), loss)` and call `svi.step`."
         )
     return frame.f_locals["self"], frame.f_locals["args"], frame.f_locals["kwargs"]
 
 
-def check_loss(svi: SVI) -> Any:
+def check_loss(svi: SVI, rule: str = "BLR") -> Any:
     """The ELBO object of `svi`. A rule for E_q[ℓ] − H(q) is wrong for any other objective."""
     loss = getattr(svi.loss, "__self__", svi.loss)
     if type(loss) not in SUPPORTED_LOSSES:
         raise TypeError(
-            f"BLR minimises the negative ELBO, E_q[-log p] - H(q); got {type(loss).__name__}. "
+            f"{rule} minimises the negative ELBO, E_q[-log p] - H(q); got {type(loss).__name__}. "
             f"Use one of {', '.join(kind.__name__ for kind in SUPPORTED_LOSSES)}."
         )
     return loss
 
 
-def check_params(params: Iterable[Tensor]) -> None:
+def check_params(params: Iterable[Tensor], rule: str = "BLR") -> None:
     for param in params:
         if not param.dtype.is_floating_point:
             name = pyro.get_param_store().param_name(param)
             raise TypeError(
-                f"BLR updates real floating-point parameters; '{name}' has dtype {param.dtype}. "
+                f"{rule} updates real floating-point parameters; '{name}' has dtype {param.dtype}. "
                 "Give it a floating-point initial value, or make it an argument of the model."
             )
 
 
-def report_skipped(count: int, skipped: int) -> None:
+def report_skipped(count: int, skipped: int, rule: str = "BLR") -> None:
     """Warn of steps that were not finite; raise once ten or more were taken and nothing else."""
     described = f"{skipped} of {count} steps had a loss or gradient that is not finite"
     if skipped == count >= 10:
         raise FloatingPointError(
-            f"BLR: {described}, so the guide is where it started. Start it elsewhere (`init_loc_fn`, for example "
+            f"{rule}: {described}, so the guide is where it started. Start it elsewhere (`init_loc_fn`, for example "
             "init_to_value or init_to_median), or find the site with `pyro.enable_validation()`."
         )
-    warnings.warn(f"BLR: {described}; they left the guide as it was.", stacklevel=4)
+    warnings.warn(f"{rule}: {described}; they left the guide as it was.", stacklevel=4)
 
 
 def host_optimizer(others: Any) -> PyroOptim:

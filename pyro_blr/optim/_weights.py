@@ -121,6 +121,8 @@ def survey(
     for site in layout.sites:
         _check_site(guide_trace.nodes[site.name])
         latent = _latent_of(guide_trace.nodes[site.name]["value"], model_trace)
+        if latent is not None:
+            _check_site(model_trace.nodes[latent])
         prior = None if latent is None else _known(model_trace.nodes[latent], again.nodes[latent])
         priors[site.name] = Prior(0.0, 0.0) if prior is None else Prior(prior[0], 1 / (num_data * prior[1] ** 2))
         targets.append(Target(site.name, {site.name: []}, None if prior is None else latent, None))
@@ -167,13 +169,17 @@ def _is_one(scale: Any) -> bool:
 
 def _num_elements(message: Any) -> float:
     """Σ of the scale over the elements that are not masked; a batch that `to_event` made an event counts as a batch."""
-    fn, mask = message["fn"], None
-    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
+    fn, mask = message["fn"], message["mask"]
+    weight = torch.as_tensor(message["scale"]).cpu() * torch.ones(fn.batch_shape, dtype=torch.float64)
+    weight = weight * torch.as_tensor(True if mask is None else mask).cpu()
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
         if isinstance(fn, dist.MaskedDistribution):
-            mask = fn._mask if mask is None else mask & fn._mask
+            weight = weight * torch.as_tensor(fn._mask).cpu()
+        elif isinstance(fn, torch.distributions.Independent):
+            axes = fn.event_shape[: fn.reinterpreted_batch_ndims]
+            weight = weight.reshape(*weight.shape, *len(axes) * [1]).expand(*weight.shape, *axes)
         fn = fn.base_dist
-    count = torch.ones(fn.batch_shape, dtype=torch.float64) * torch.as_tensor(message["scale"]).cpu()
-    return float(count.sum() if mask is None else count[torch.as_tensor(mask).cpu().expand(count.shape)].sum())
+    return float(weight.sum())
 
 
 def _latent_of(value: Tensor, model_trace: Any) -> str | None:
@@ -186,9 +192,12 @@ def _latent_of(value: Tensor, model_trace: Any) -> str | None:
 
 
 def _known(message: Any, again: Any) -> tuple[Tensor, Tensor] | None:
-    """(m₀, s₀) of a Normal prior that is the same for two values of all other sites."""
-    (base, transforms), (other, _) = unwrap(message["fn"]), unwrap(again["fn"])
-    if transforms or not isinstance(base, torch.distributions.Normal):
+    """(m₀, s₀) of a Normal prior, not masked, that is the same for two values of all other sites."""
+    (base, transforms), (other, _), fn = unwrap(message["fn"]), unwrap(again["fn"]), message["fn"]
+    while fn is not base and not isinstance(fn, dist.MaskedDistribution):
+        fn = fn.base_dist
+    masked = fn is not base or message["mask"] is not None
+    if masked or transforms or not isinstance(base, torch.distributions.Normal):
         return None
     same = torch.equal(base.loc, other.loc) and torch.equal(base.scale, other.scale)
     return (base.loc.detach().clone(), base.scale.detach().clone()) if same else None

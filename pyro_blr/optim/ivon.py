@@ -147,8 +147,13 @@ class IVON(pyro.optim.PyroOptim):
 
     def init(self, svi: SVI, args: tuple, kwargs: dict, params: list[Tensor]) -> IVONState:
         """The state for the parameters of `svi.guide` as they are now, or the one that was loaded for them."""
-        _svi.check_params(params)
-        loss = _svi.check_loss(svi)
+        _svi.check_params(params, "IVON")
+        loss = _svi.check_loss(svi, "IVON")
+        if loss.vectorize_particles and loss.num_particles > 1:
+            raise ValueError(
+                f"IVON draws weights for one particle after the other; got {type(loss).__name__} with "
+                "vectorize_particles=True. Leave that out."
+            )
         layout, guides = _weights.find_layout(svi, loss, args, kwargs, params)
         num_data, priors, targets = _weights.survey(svi, args, kwargs, layout, guides)
         settings = Settings(
@@ -190,7 +195,7 @@ class IVON(pyro.optim.PyroOptim):
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """One update, from the gradients that `SVI.step` left in the draws; called by `SVI.step`."""
         params = list(params)
-        svi, model_args, model_kwargs = _svi.calling_svi(SVI.step)
+        svi, model_args, model_kwargs = _svi.calling_svi(SVI.step, "IVON")
         if self.state is None or not self.state.covers(params):
             self._begin(svi, model_args, model_kwargs, params)
         assert self.state is not None and self._program is not None
@@ -198,7 +203,7 @@ class IVON(pyro.optim.PyroOptim):
         with torch.no_grad():
             self.state = self._updated(state, draws)
         if self.state.skipped != state.skipped:
-            _svi.report_skipped(self.state.updates + self.state.skipped, self.state.skipped)
+            _svi.report_skipped(self.state.updates + self.state.skipped, self.state.skipped, "IVON")
 
     def _begin(self, svi: SVI, args: tuple, kwargs: dict, params: list[Tensor]) -> None:
         """The state, and the first step's gradients once more, at draws of the rule."""
