@@ -65,29 +65,30 @@ class Config:
 
 @dataclass(frozen=True)
 class Weight:
-    """An array of weights: where it is, its shape as (inputs, outputs), and the spreads of its start and its prior."""
+    """An array of weights: where it is, its shape as (inputs, outputs), and the Normals of its start and its prior."""
 
     name: str
     shape: tuple[int, ...]
-    start_scale: float | None  # None: it starts at one
+    loc: float
+    start_scale: float
     prior_scale: float
 
 
 def layout(config: Config) -> list[Weight]:
-    """Every array of weights. The prior of a matrix keeps the size of what it multiplies: its scale is fan-in ** −½."""
+    """Every array of weights. The priors are those of `pyro_blr.BayesianModule`: 1/√(inputs), and 1 ± 0.3 for gains."""
     width = config.width
     into_residual = (2 * config.layers) ** -0.5  # so that the sum of all that the layers add is of size one
 
     def norm(name: str) -> Weight:
-        return Weight(name, (width,), None, 1.0)
+        return Weight(name, (width,), 1.0, 0.0, 0.3)
 
     def matrix(name: str, rows: int, columns: int, factor: float = 1.0) -> Weight:
-        return Weight(name, (rows, columns), factor * rows**-0.5, rows**-0.5)
+        return Weight(name, (rows, columns), 0.0, factor * rows**-0.5, rows**-0.5)
 
-    def embedding(name: str, rows: int, fan_in: int = 1) -> Weight:  # a product with one-hot rows
-        return Weight(name, (rows, width), 0.02, fan_in**-0.5)
+    def embedding(name: str, rows: int) -> Weight:
+        return Weight(name, (rows, width), 0.0, 0.02, width**-0.5)
 
-    weights = [embedding("tokens", config.vocabulary, width if config.tie else 1)]
+    weights = [embedding("tokens", config.vocabulary)]
     if config.positions == "learned":
         weights.append(embedding("positions", config.context))
     for layer in range(config.layers):
@@ -108,9 +109,8 @@ def layout(config: Config) -> list[Weight]:
 def initial_weights(config: Config) -> dict[str, np.ndarray]:
     random = np.random.default_rng(config.seed)
     return {
-        weight.name: np.ones(weight.shape, np.float32)
-        if weight.start_scale is None
-        else random.standard_normal(weight.shape, np.float32) * np.float32(weight.start_scale)
+        weight.name: np.float32(weight.loc)
+        + np.float32(weight.start_scale) * random.standard_normal(weight.shape, np.float32)
         for weight in layout(config)
     }
 

@@ -26,7 +26,9 @@ from numpyro.infer.autoguide import AutoNormal
 
 __all__ = ["RUNS", "Run", "Transformer", "find_device"]
 
-Dense = functools.partial(nn.Dense, use_bias=False)
+# the weights at the start come from `initial_weights`; what flax would draw is not even compiled
+Dense = functools.partial(nn.Dense, use_bias=False, kernel_init=nn.initializers.zeros)
+Embed = functools.partial(nn.Embed, embedding_init=nn.initializers.zeros)
 Norm = functools.partial(nn.LayerNorm, use_bias=False, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32)
 
 
@@ -75,10 +77,10 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
         config, dtype, length = self.config, jnp.dtype(self.config.dtype), tokens.shape[1]
-        embed = nn.Embed(config.vocabulary, config.width, name="tokens")
+        embed = Embed(config.vocabulary, config.width, name="tokens")
         x = embed(tokens)
         if config.positions == "learned":
-            x = x + nn.Embed(config.context, config.width, name="positions")(jnp.arange(length))
+            x = x + Embed(config.context, config.width, name="positions")(jnp.arange(length))
         x = x.reshape(-1, config.width)
         for layer in range(config.layers):
             x = Block(config.heads, length, config.positions == "rotary", dtype, name=f"blocks_{layer}")(x)
@@ -168,17 +170,17 @@ class Run(ABC):
     def _last(self, state: Any, inputs: Array, position: Array, draw: Array | None) -> Array:
         return self._log_probabilities(state, inputs, draw)[0, position]
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """All that changes, for a checkpoint."""
+    def pack(self) -> tuple[dict[str, np.ndarray], Any]:
+        """All that changes, for a checkpoint: tensors, and what else there is as JSON, here nothing."""
         leaves = jax.tree.leaves_with_path(self.state)
-        return {jax.tree_util.keystr(path): np.asarray(_key_data(leaf)) for path, leaf in leaves}
+        return {jax.tree_util.keystr(path): np.asarray(_key_data(leaf)) for path, leaf in leaves}, None
 
-    def restore(self, tensors: dict[str, np.ndarray]) -> None:
-        def restored(path: tuple, leaf: Any) -> Array:
+    def unpack(self, tensors: dict[str, np.ndarray], rest: Any) -> None:
+        def unpacked(path: tuple, leaf: Any) -> Array:
             value = jnp.asarray(tensors[jax.tree_util.keystr(path)])
-            return jax.random.wrap_key_data(value) if _is_key(leaf) else value
+            return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value
 
-        self.state = jax.tree.map_with_path(restored, self.state)
+        self.state = jax.tree.map_with_path(unpacked, self.state)
 
     def peak_memory(self) -> int | None:
         """Bytes of the accelerator, None without one."""
@@ -237,22 +239,23 @@ class IVON(Run):
         from numpyro_blr import IVON as Optimizer
 
         super().__init__(config)
-        net, scales = self.net, {weight.name: weight.prior_scale for weight in layout(config)}
+        net, weights = self.net, {weight.name: weight for weight in layout(config)}
 
         def prior(name: str, shape: tuple[int, ...]) -> dist.Distribution:
-            return dist.Normal(0.0, scales[name.rpartition(".")[0]])
+            weight = weights[name.rpartition(".")[0]]
+            return dist.Normal(weight.loc, weight.prior_scale)
 
         def model(inputs: Array, targets: Array) -> None:
             logits = random_flax_module("net", net, prior, inputs)(inputs)
             with numpyro.handlers.scale(scale=config.num_data / inputs.size):  # a batch stands for all tokens
                 numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(2), obs=targets)
 
-        weights = jax.tree.leaves_with_path(self.initial_weights())
-        sites = {f"net/{_name(path)}": weight for path, weight in weights}
+        start = jax.tree.leaves_with_path(self.initial_weights())
+        sites = {f"net/{_name(path)}": value for path, value in start}
         guide = AutoNormal(model, init_loc_fn=init_to_value(values=sites))
         optimizer = Optimizer(learning_rate=schedule(config, jnp), accumulation_steps=config.accumulate)
         self.svi = SVI(model, guide, optimizer, Trace_ELBO())
-        tokens = jnp.zeros((config.batch, config.context), jnp.int32)
+        tokens = jnp.zeros((1, config.context), jnp.int32)
         self.state = self.svi.init(jax.random.key(config.seed), tokens, tokens)
         self._update = jax.jit(self.svi.update, donate_argnums=0)
 

@@ -6,7 +6,7 @@ The twin `_transformer_numpyro.py` has the same names, so the command line never
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -114,7 +114,7 @@ class Run(ABC):
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
-        """All that changes, beside the states of the random generators."""
+        """All that changes. No generator of torch's is part of it: batches are NumPy's, and IVON has a seed."""
 
     @abstractmethod
     def _set_state(self, state: dict[str, Any]) -> None: ...
@@ -148,19 +148,13 @@ class Run(ABC):
         """Of what follows `tokens`, under each of the draws: (draws, vocabulary)."""
         return np.stack([self.log_probabilities(tokens[None], draw)[0, -1].cpu().numpy() for draw in draws])
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """All that changes, for a checkpoint."""
-        state = {"state": self._state(), "random": {"cpu": torch.get_rng_state()}}
-        if self.device.type == "cuda":
-            state["random"]["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {name: np.asarray(torch.as_tensor(value).cpu()) for name, value in _flatten(state)}
+    def pack(self) -> tuple[dict[str, np.ndarray], Any]:
+        """All that changes, for a checkpoint: tensors, and what else there is as JSON."""
+        tensors: dict[str, np.ndarray] = {}
+        return tensors, _pack(self._state(), "", tensors)
 
-    def restore(self, tensors: dict[str, np.ndarray]) -> None:
-        state = _unflatten({name: torch.from_numpy(value) for name, value in tensors.items()})
-        self._set_state(state["state"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+    def unpack(self, tensors: dict[str, np.ndarray], rest: Any) -> None:
+        self._set_state(_unpack(rest, tensors))
 
     def peak_memory(self) -> int | None:
         """Bytes of the accelerator, None without one."""
@@ -243,17 +237,14 @@ class IVON(Run):
         if draw is not None:
             generator = torch.Generator(self.device).manual_seed(self.config.seed * 1_000_003 + draw)
             noise = torch.randn(weights.shape, generator=generator, device=self.device)
-            weights = weights + self.guide.scale() * noise
+            weights = torch.addcmul(weights, self.guide.scale(), noise)
         return self.bayesian.apply_weights(weights, inputs)
 
     def _state(self) -> dict[str, Any]:
-        parameters = {name: value.detach() for name, value in pyro.get_param_store().named_parameters()}
-        return {"parameters": parameters, "optimizer": self.optimizer.get_state()}
+        return {"guide": self.guide.state_dict(), "optimizer": self.optimizer.get_state()}
 
-    @torch.no_grad()
     def _set_state(self, state: dict[str, Any]) -> None:
-        for name, value in pyro.get_param_store().named_parameters():
-            value.copy_(state["parameters"][name])
+        self.guide.load_state_dict(state["guide"])
         self.optimizer.set_state(state["optimizer"])
 
 
@@ -268,20 +259,21 @@ def _set_weights(net: nn.Module, weights: dict[str, np.ndarray]) -> None:
             module.weight.copy_(weight.T if isinstance(module, nn.Linear) else weight)
 
 
-def _flatten(state: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in state.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
+def _pack(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
+    """`value` as JSON, its tensors put into `tensors` and in their place the names they have there."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().numpy()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {str(key): _pack(part, f"{name}/{key}", tensors) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_pack(part, f"{name}/{number}", tensors) for number, part in enumerate(value)]
+    return value
 
 
-def _unflatten(flat: dict[str, Tensor]) -> dict:
-    result: dict = {}
-    for name, value in flat.items():
-        *folders, last = name.split("/")
-        folder = result
-        for part in folders:
-            folder = folder.setdefault(part, {})
-        folder[last] = value
-    return result
+def _unpack(value: Any, tensors: dict[str, np.ndarray]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"tensor"}:
+            return torch.from_numpy(tensors[value["tensor"]])
+        return {key: _unpack(part, tensors) for key, part in value.items()}
+    return [_unpack(part, tensors) for part in value] if isinstance(value, list) else value

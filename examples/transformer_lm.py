@@ -38,7 +38,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 HOSTS = {"numpyro": ("jax", "numpyro"), "pyro": ("torch", "pyro")}
-LEARNING_RATES = {"adamw": 2e-3, "ivon": 0.1}
+LEARNING_RATES = {"adamw": 2e-3, "ivon": 0.04}
 
 
 def arguments() -> argparse.Namespace:
@@ -128,12 +128,12 @@ class Training:
     def resume(self, path: Path) -> None:
         tensors, counters = load(path, self.config)
         self.losses = tensors.pop("losses").tolist()
-        assert len(self.losses) == counters["steps"]
-        self.run.restore(tensors)
+        self.run.unpack(tensors, counters["run"])
 
     def save(self, path: Path) -> None:
         losses = np.array([float(loss) for loss in self.losses])
-        save(path, {**self.run.tensors(), "losses": losses}, self.config, {"steps": len(losses)})
+        tensors, rest = self.run.pack()
+        save(path, {**tensors, "losses": losses}, self.config, {"steps": len(losses), "run": rest})
 
     def until(self, last: int, checkpoint: Path | None, save_every: int) -> None:
         first = len(self.losses)

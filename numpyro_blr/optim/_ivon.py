@@ -6,7 +6,7 @@ With q(w) = N(m, diag σ²), N data, ℓ̄ the loss averaged over them, a prior 
     ĝ = ∇ℓ̄(m + σ ε)                                        the gradient at the drawn weights
     ĥ = ε ĝ / σ        or        ε (ĝ − ḡ) / σ − h (ε² − 1)                                  `curvature`
     ḡ ← β₁ ḡ + (1 − β₁) ĝ
-    h ← β₂ h + (1 − β₂) ĥ,  kept in the domain                                               `averaged_hessian`
+    h ← β₂ h + (1 − β₂) ĥ,  kept in the domain, and raised at the start                      `averaged_hessian`
     m ← m − α · direction                                                                    `step`
 
 Both ĥ estimate E_q[diag ∇²ℓ̄] (Price's theorem). The second takes from ℓ̄ its quadratic surrogate ⟨ḡ, w⟩ + ½ h (w − m)²,
@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 Weights = dict[str, Array]  # by site
+RISE = 20  # steps in which a start that is too wide is made narrower
 TINY = 1e-8  # Adam's ε, beside the root of the second moment of a gradient of the averaged loss
 
 
@@ -151,18 +152,24 @@ def curvature(product: Array, scale: Array, hessian: Array) -> Array:
     return hessian + product / scale**2
 
 
-def averaged_hessian(hessian: Array, estimate: Array, prior: Prior, settings: Settings) -> Array:
+def averaged_hessian(hessian: Array, estimate: Array, prior: Prior, settings: Settings, count: Array) -> Array:
     """h ← β₂ h + (1 − β₂) ĥ, and what keeps h + δ positive.
 
     The published recursion always adds (1 − β₂)² (h − ĥ)² / (2 (h + δ)), a Riemannian step that can never leave the
     domain, at the price of a bias upwards by (1 − β₂) Var(ĥ) / (2 (h + δ)) in the long run. The other takes the
-    straight step wherever that keeps half of the precision, and half of it elsewhere.
+    straight step wherever that keeps half of the precision, and half of it elsewhere. An average with a long memory
+    would be long in learning that h₀ is far too small, with draws too wide to learn from: in the first `RISE` steps the
+    mean of ĥ over the part, which has little noise, lifts h where it is larger, h ← h + max(0, mean(ĥ − h)) / t.
     """
     forgotten = 1 - settings.beta2
     straight = hessian + forgotten * (estimate - hessian)
     if settings.preconditioner == "posterior":
         return straight + 0.5 * (forgotten * (hessian - estimate)) ** 2 / (hessian + prior.precision)
-    return jnp.maximum(straight, 0.5 * (hessian - prior.precision))
+    zero = jnp.zeros((), hessian.dtype)
+    missing = jax.lax.cond(count <= RISE, lambda: jnp.mean(estimate - hessian), lambda: zero)
+    return jnp.maximum(straight, 0.5 * (hessian - prior.precision)) + jnp.maximum(missing, zero) / count.astype(
+        zero.dtype
+    )
 
 
 def step(
@@ -180,7 +187,7 @@ def step(
         dtype, prior = m.dtype, priors[name]
         pull = prior.precision * (m - prior.loc)
         momentum[name] = average(state.momentum[name], gradient[name], settings.beta1)
-        hessian[name] = averaged_hessian(state.hessian[name], estimate[name], prior, settings)
+        hessian[name] = averaged_hessian(state.hessian[name], estimate[name], prior, settings, count)
         if settings.preconditioner == "posterior":
             ascent = momentum[name] / debias(settings.beta1, count, dtype) + pull
             unit, root = settings.hess_init + prior.precision, hessian[name] + prior.precision

@@ -7,6 +7,7 @@ distributions that come out.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -121,14 +122,17 @@ def recognise(
     rows of a subsampled plate. Derived arrays (a scale that is computed in the guide, a neural network's output) do
     not come back and are left to the other optimizer. Messages call the optimizer `rule`.
     """
-    guide_trace, fed, arrays, naturals = _probe(svi, args, {**kwargs, **svi.static_kwargs}, params)
-    found, members = [], _joint_members(guide_trace, params)
-    joint = {site for member in members for site in member.sites}
+    kwargs, found = {**kwargs, **svi.static_kwargs}, []
+    guide_trace, fed, arrays, naturals = _probe(svi, args, kwargs, params, any_family=False)
     for name, candidates in arrays.items():
         match = _match(name, unwrap(guide_trace[name]["fn"])[0], candidates, fed, guide_trace)
         if match is not None and not (learned_scales_only and match[1] is None):
             found.append((name, *match))
     found = _without_repeated_points(found)
+    if any(_has_family(unwrap(guide_trace[name]["fn"])[0]) for name in set(arrays) - {site for site, *_ in found}):
+        guide_trace, fed, arrays, naturals = _probe(svi, args, kwargs, params, any_family=True)
+    members = _joint_members(guide_trace, params)
+    joint = {site for member in members for site in member.sites}
     for name in [name for name in guide_trace if name in naturals]:  # in the order of the guide, which jit has sorted
         member = _match_member(guide_trace[name], naturals[name], arrays[name], fed, guide_trace)
         if member is not None and name not in joint | {site for site, *_ in found}:
@@ -153,10 +157,13 @@ def recognise(
     return layout
 
 
-def _probe(svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any]) -> tuple[dict, dict, dict, dict]:
+def _probe(
+    svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any], *, any_family: bool
+) -> tuple[dict, dict, dict, dict]:
     """The guide's trace, the random values that its parameters were given, and what its sample sites made of them.
 
-    These are the arrays of Gaussians, and the natural parameters of all members of a family.
+    These are the arrays of Gaussians and, with `any_family`, the natural parameters of all members of a family, which
+    take longer to compile than the guide.
     """
     messages: dict[str, dict] = {}
 
@@ -176,7 +183,7 @@ def _probe(svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any]) -> tu
             for name, message in messages.items()
             if message["type"] == "sample" and not message["is_observed"]
         }
-        naturals = {name: natural_of(base) for name, base in bases.items() if _has_family(base)}
+        naturals = {name: natural_of(base) for name, base in bases.items() if any_family and _has_family(base)}
         keys = {name: [key for keys in natural.host_parameters for key in keys] for name, natural in naturals.items()}
         arrays = {
             name: {key: getattr(base, key) for key in _ARRAYS.get(type(base), keys.get(name, ()))}
@@ -204,8 +211,21 @@ def _has_family(base: Any) -> bool:
 def _constrained(probes: dict[str, Any], message: dict) -> Any:
     if message["type"] != "param" or message["name"] not in probes:
         return None
-    probe = probes[message["name"]]
-    return probe if isinstance(probe, Natural) else biject_to(_constraint(message))(probe)
+    probe, constraint = probes[message["name"]], _constraint(message)
+    if isinstance(probe, Natural):
+        return probe
+    if constraint in _LOWER_CHOLESKY:
+        size = math.isqrt(2 * probe.shape[-1])  # of D (D + 1)/2 numbers
+        rows = np.random.default_rng(1).normal(scale=0.1, size=(*probe.shape[:-1], size, size))
+        return np.tril(rows + np.eye(size)).astype(probe.dtype)  # itself: the transform takes long to compile
+    return biject_to(constraint)(probe)
+
+
+_LOWER_CHOLESKY = (
+    constraints.lower_cholesky,
+    constraints.scaled_unit_lower_cholesky,
+    constraints.softplus_lower_cholesky,
+)
 
 
 def _without_repeated_points(found: list[tuple]) -> list[tuple]:

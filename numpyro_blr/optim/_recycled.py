@@ -61,24 +61,36 @@ def init(loc: Array, scales: tuple[Any, ...]) -> Recycling:
 
 
 class _Search(NamedTuple):
-    """A step under way: proposals, taken or refused, and then steps on the pool alone.
+    """A step under way: a look at where it starts, then proposals, taken or refused, then steps on the pool alone.
 
     Attributes:
-        loc, precision, moments: where it is, and the pool's estimate there.
-        rate: of the next proposal.
+        here: where it is.
+        start: where it started.
+        first_rate: of the first proposal; `rate` is that of the next one.
         proposals: made so far until one was taken; `inner` steps since.
-        taken: whether one was.
+        looked: whether `start` is known; `taken`: whether a proposal was.
         going: whether to go on.
     """
+
+    here: _Place
+    start: _Place
+    first_rate: Array
+    rate: Array
+    proposals: Array
+    inner: Array
+    looked: Array
+    taken: Array
+    going: Array
+
+
+class _Place(NamedTuple):
+    """A Gaussian, the pool's estimate there, and r² and V of it."""
 
     loc: Array
     precision: Precision
     moments: recycled.Moments
-    rate: Array
-    proposals: Array
-    inner: Array
-    taken: Array
-    going: Array
+    residual: Array
+    error: Array
 
 
 def step(
@@ -101,69 +113,84 @@ def step(
         gradient or a Hessian is not finite at a fresh draw, nothing moves, and the next draws are taken closer to m.
     """
     recycling: Recycling = state.recycling
-    max_pairs = len(noise)
+    max_pairs, dtype = len(noise), state.loc.dtype
     num_drawn, pool, losses, usable = _fresh(state, objective, blocks, noise, temperature, forward)
     fresh = jnp.arange(max_pairs, dtype=jnp.int32) < recycling.num_pairs
 
-    def estimate(loc: Array, precision: Precision) -> recycled.Moments:
-        return recycled.moments(pool, blocks, loc, scales_of(precision, blocks, state.radius))
-
-    here = estimate(state.loc, state.precision)
-    residual = _rate.squared_norm(here.gradient, state.precision)
-    error = recycled.squared_error(here, state.precision)
-    noisy = residual < _rate.NOISE_RATIO * error
-    noisy_steps = state.rate.noisy_steps + noisy.astype(jnp.int32)
-    far = residual > FAR
-    longest = jnp.where(far, jnp.inf, _cap(noisy_steps, here.effective, recycling.num_pairs))
-    first_rate = jnp.minimum(state.rate.rate, longest)
+    def noisy_and_first_rate(start: _Place) -> tuple[Array, Array]:
+        noisy = start.residual < _rate.NOISE_RATIO * start.error
+        cap = _cap(state.rate.noisy_steps + noisy.astype(jnp.int32), start.moments.effective, recycling.num_pairs)
+        return noisy, jnp.minimum(state.rate.rate, jnp.where(start.residual > FAR, jnp.inf, cap))
 
     def attempt(search: _Search) -> _Search:
-        now = search.moments
-        rate = jnp.where(search.taken, jnp.asarray(INNER_RATE, search.rate.dtype), search.rate)
-        precision = search.precision.blend(now.hessian, jnp.minimum(1, rate))
-        loc = search.loc - rate * precision.solve(now.gradient)
-        there = estimate(loc, precision)
-        covered = there.effective >= jnp.maximum(COVERED, now.effective / 2)
+        """One turn; the first has a rate of zero, and so looks at the start: the estimate is compiled but once."""
+        here, looked, taken = search.here, search.looked, search.taken
+        rate = jnp.where(taken, INNER_RATE, search.rate)
+        precision = here.precision.blend(here.moments.hessian, jnp.minimum(1, rate))
+        loc = here.loc - rate * precision.solve(here.moments.gradient)
+        scales = scales_of(precision, blocks, state.radius)
+        moments = recycled.moments(pool, blocks, loc, scales)
+        residual = _rate.squared_norm(moments.gradient, precision)
+        there = _Place(loc, precision, moments, residual, recycled.squared_error(moments, precision))
+        covered = moments.effective >= jnp.maximum(COVERED, here.moments.effective / 2)
 
         def not_worse() -> Array:
-            scales = scales_of(precision, blocks, state.radius)
             return _rate.not_worse(losses, _losses(objective, loc, scales, noise, recycling.num_pairs), fresh)
 
-        refused = jnp.zeros((), bool)
-        accepted = covered | lax.cond(covered | search.taken, lambda: refused, not_worse)
-        accepted &= all_finite(loc, precision, there.gradient)
-        settled = search.taken & (
-            _rate.squared_norm(now.gradient, search.precision) < SETTLED * recycled.squared_error(now, search.precision)
-        )
-        proposals = search.proposals + (~search.taken).astype(jnp.int32)
-        inner = search.inner + search.taken.astype(jnp.int32)
+        needless = covered | taken | ~looked
+        accepted = covered | lax.cond(needless, lambda: jnp.zeros((), bool), not_worse)
+        accepted = (accepted & all_finite(loc, precision, moments.gradient)) | ~looked
+        proposals = search.proposals + (looked & ~taken).astype(jnp.int32)
+        inner = search.inner + taken.astype(jnp.int32)
+        settled = taken & (here.residual < SETTLED * here.error)
         again = jnp.where(
-            accepted, covered & ~settled & (inner < MAX_INNER), ~search.taken & (proposals < _rate.MAX_PROPOSALS)
+            accepted, covered & ~settled & (inner < MAX_INNER), ~taken & (proposals < _rate.MAX_PROPOSALS)
         )
-        loc, precision, there = select(accepted, (loc, precision, there), (search.loc, search.precision, now))
-        next_rate = jnp.where(accepted | search.taken, search.rate, _rate.CUT * search.rate)
-        return _Search(loc, precision, there, next_rate, proposals, inner, search.taken | accepted, again)
+        _, first_rate = noisy_and_first_rate(there)
+        next_rate = jnp.where(accepted | taken, search.rate, _rate.CUT * search.rate)
+        return _Search(
+            here=select(accepted, there, here),
+            start=select(looked, search.start, there),
+            first_rate=jnp.where(looked, search.first_rate, first_rate),
+            rate=jnp.where(looked, next_rate, first_rate),
+            proposals=proposals,
+            inner=inner,
+            looked=jnp.ones((), bool),
+            taken=looked & (taken | accepted),
+            going=again | ~looked,
+        )
 
-    zero, no = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-    start = _Search(state.loc, state.precision, here, first_rate, zero, zero, no, usable)
-    end = lax.while_loop(lambda search: search.going, attempt, start)
+    nothing, none, no = jnp.zeros((), dtype), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    here = _Place(state.loc, state.precision, _unknown(pool), state.residual, state.error)
+    end = lax.while_loop(
+        lambda search: search.going,
+        attempt,
+        _Search(here, here, nothing, nothing, none, none, no, no, going=usable),
+    )
 
+    start = end.start
+    noisy, _ = noisy_and_first_rate(start)
     more = usable & (noisy | (end.proposals > 1) | ~end.taken)
     num_pairs = jnp.where(more, jnp.minimum(max_pairs, 2 * recycling.num_pairs), recycling.num_pairs)
-    num_draws = (2 * num_drawn).astype(state.loc.dtype)
-    rate = _rate.next_rate(end.rate, first_rate, end.taken, end.proposals, jnp.where(far, jnp.inf, 1))
-    kept = replace(
+    num_draws = (2 * num_drawn).astype(dtype)
+    longest = jnp.where(start.residual > FAR, jnp.inf, 1)
+    rate = _rate.next_rate(end.rate, end.first_rate, end.taken, end.proposals, longest)
+    noisy_steps = state.rate.noisy_steps + noisy.astype(jnp.int32)
+    rates = state.rate.after(rate, end.rate, noisy_steps, start.moments.gradient, end.taken)
+    radius = jnp.where(end.taken, jnp.minimum(1, 2 * state.radius), jnp.where(usable, 1, 0.5) * state.radius)
+    after = replace(  # where nothing was taken, `end.here` is the start
         state,
+        loc=end.here.loc,
+        precision=end.here.precision,
         recycling=Recycling(pool, num_pairs),
-        evaluations=state.evaluations + num_draws * (len(state.loc) + 1 + end.proposals.astype(num_draws.dtype)),
-        residual=residual,
-        error=error,
+        rate=select(usable, rates, state.rate),
+        radius=radius,
+        skipped=state.skipped + (~usable).astype(jnp.int32),
+        evaluations=state.evaluations + num_draws * (len(state.loc) + 1 + end.proposals.astype(dtype)),
+        residual=start.residual,
+        error=start.error,
     )
-    rejected = replace(kept, rate=state.rate.after(rate, end.rate, noisy_steps, here.gradient, end.taken))
-    moved = replace(rejected, loc=end.loc, precision=end.precision, radius=jnp.minimum(1, 2 * state.radius))
-    unusable = replace(kept, radius=state.radius / 2, skipped=state.skipped + 1)
-    loss = jnp.where(fresh[:, None], losses, 0).sum() / num_draws
-    return select(end.taken & usable, moved, select(usable, rejected, unusable)), loss, end.taken & usable
+    return after, jnp.where(fresh[:, None], losses, 0).sum() / num_draws, end.taken
 
 
 def _fresh(
@@ -193,7 +220,7 @@ def _fresh(
             lambda pool: pool,
             pool,
         )
-        return number + 1, pool, losses.at[number].set(values), finite
+        return number + 1, pool, lax.dynamic_update_index_in_dim(losses, values, number, 0), finite
 
     nothing = jnp.zeros((len(noise), 2), state.loc.dtype)
     return lax.while_loop(
@@ -203,12 +230,24 @@ def _fresh(
     )
 
 
+def _unknown(pool: recycled.Pool) -> recycled.Moments:
+    """Of the shapes of the pool's moments, all zeros: blended in at a rate of zero, it moves nothing."""
+    size, dtype = pool.points.shape[-1], pool.points.dtype
+    return recycled.Moments(
+        weights=jnp.zeros_like(pool.values),
+        effective=jnp.zeros((), dtype),
+        gradient=jnp.zeros(size, dtype),
+        hessian=jnp.zeros((size, size), dtype),
+        deviations=jnp.zeros_like(pool.points),
+    )
+
+
 def _losses(objective: Objective, loc: Array, scales: tuple[Any, ...], noise: Array, num_pairs: Array) -> Array:
     """L at this step's draws, [K, 2]."""
 
     def at_pair(number: Array, losses: Array) -> Array:
         pair = jax.vmap(lambda draw: objective(loc, scales, {}, draw)[0])(Draws.at(_pair(noise[number])))
-        return losses.at[number].set(pair)
+        return lax.dynamic_update_index_in_dim(losses, pair, number, 0)
 
     return lax.fori_loop(0, num_pairs, at_pair, jnp.zeros((len(noise), 2), loc.dtype))
 

@@ -277,12 +277,20 @@ class Redraw(Messenger):
 
 
 def joint_noise(fn: Callable, layout: Layout, params: Mapping[str, Any], num_draws: int, like: Array) -> Array:
-    """Standard normal noise for all coordinates, [S, D], from the random key that `fn` gives the guide's first site."""
-    given = KeyOfSite(frozenset(site.name for site in layout.sites))
-    with given:
-        fn(dict(params))  # for its key: what else it computes is used by nobody, and left out when compiled
-    numbers = jnp.arange(num_draws)
-    return jax.vmap(lambda number: standard_normal(given.rng_key, number, like.shape, like.dtype))(numbers)
+    """Standard normal noise for all coordinates, [S, D], from the random key that `fn` closes over.
+
+    Where a version of the host keeps it elsewhere, it is the key that `fn` gives the guide's first site: every key that
+    follows from another takes as long to compile as the noise. Random bits of a matrix take four times as long as those
+    of a row.
+    """
+    rng_key = inspect.getclosurevars(fn).nonlocals.get("rng_key") if inspect.isfunction(fn) else None
+    if rng_key is None:
+        given = KeyOfSite(frozenset(site.name for site in layout.sites))
+        with given:
+            fn(dict(params))  # for its key: what else it computes is used by nobody, and left out when compiled
+        rng_key = given.rng_key
+    noise = standard_normal(rng_key, jnp.zeros((), int), (num_draws * len(like),), like.dtype)
+    return noise.reshape(num_draws, *like.shape)
 
 
 class KeyOfSite(Messenger):

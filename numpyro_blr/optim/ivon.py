@@ -204,8 +204,9 @@ class IVON(_NumPyroOptim):
         }
         if self.axis_name is not None:
             loss, gradient, estimate, g_own = jax.lax.pmean((loss, gradient, estimate, g_own), self.axis_name)
-        # sums, since XLA is slow at reducing what `isfinite` says of each element; ĥ is finite where ĝ is
-        usable = all_finite(loss, [jnp.sum(value) for value in gradient.values()], g_own)
+        # one sum, since XLA is slow at reducing what `isfinite` says of each element; ĥ is finite where ĝ is
+        total = loss + sum(jnp.sum(value) for value in gradient.values())
+        usable = all_finite(total, g_own)
 
         updated = self._updated(opt_state, gradient, estimate, g_own, loss)
         refused = replace(opt_state, weights=replace(weights, skipped=weights.skipped + 1))

@@ -73,7 +73,7 @@ class BayesianModule(torch.nn.Module):
     Example:
         >>> net = BayesianModule(torch.nn.Linear(3, 2))
         >>> def model(x, y):
-        ...     logits = net(x)  # not inside the plate: there are no weights for each datum
+        ...     logits = net(x)  # outside of the plate: all data have the same weights
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("y", dist.Categorical(logits=logits), obs=y)
         >>> svi = SVI(model, AutoWeights(model, net), IVON(), Trace_ELBO())

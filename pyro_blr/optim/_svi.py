@@ -370,7 +370,7 @@ class Redraw(Messenger):
 
 def joint_noise(seed: int, num_draws: int, like: Tensor) -> Tensor:
     """Standard normal noise for all coordinates, [S, D]."""
-    return torch.stack([noise_of(seed, number, like.device)(like.shape, like) for number in range(num_draws)])
+    return noise_of(seed, 0, like.device)((num_draws * len(like),), like).reshape(num_draws, *like.shape)
 
 
 def noise_of(seed: int, number: Any, device: torch.device) -> Callable[..., Tensor]:

@@ -177,7 +177,7 @@ def test_a_full_pool_forgets_its_older_half(backend):
     fresh, *_ = pooled(backend, generator, parts, CUBE, num_pairs=5, capacity=8)
     loc, scales, _ = gaussian(np.random.default_rng(1), parts)
     kept, anew = (estimate(backend, pool, blocks, recycled, loc, scales) for pool in (full, fresh))
-    assert_allclose(kept.weights[:5], anew.weights[:5], rtol=1e-10)
+    assert_allclose(np.sort(kept.weights, axis=None)[-10:], np.sort(anew.weights, axis=None)[-10:], rtol=1e-10)
     assert_allclose(kept.gradient, anew.gradient, rtol=1e-10)
 
 
