@@ -490,6 +490,12 @@ class Network:
     def args(self) -> tuple[np.ndarray, np.ndarray]:
         return self.inputs, self.targets
 
+    def value(self, weights: dict[str, np.ndarray]) -> float:
+        """−log p(y | x, w)."""
+        a, b, c, d = weights.values()
+        residual = (np.tanh(self.inputs @ a + b) @ c + d - self.targets) / 0.5
+        return (residual**2 / 2 + np.log(0.5) + np.log(2 * np.pi) / 2).sum()
+
     def gradient(self, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Of −log p(y | x, w), the prior left out."""
         a, b, c, d = weights.values()

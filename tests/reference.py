@@ -334,6 +334,12 @@ class Weights:
         return 1 / np.sqrt(ess * (self.hessian + settings.weight_decay))
 
 
+def kl_divergence(loc: np.ndarray, scale: np.ndarray, prior_loc: np.ndarray, prior_scale: np.ndarray) -> float:
+    """KL(q ‖ p) of independent Normals."""
+    ratio = (scale / prior_scale) ** 2
+    return float(np.sum(ratio + ((loc - prior_loc) / prior_scale) ** 2 - 1 - np.log(ratio)) / 2)
+
+
 def as_two_axes(array: np.ndarray) -> np.ndarray:
     """A matrix from an array of two or more axes, as square as a cut between two of them can make it."""
     cuts = [(int(np.prod(array.shape[:axis])), int(np.prod(array.shape[axis:]))) for axis in range(1, array.ndim)]
