@@ -54,7 +54,7 @@ def poisson_optimum() -> float:
 def funnel(host):
     def model():
         neck = host.sample("a_neck", host.dist.Normal(0.0, 3.0))
-        host.sample("b_mouth", host.dist.Normal(host.array(np.zeros(4)), host.xp.exp(neck / 2)).to_event(1))
+        host.sample("b_mouth", host.dist.Normal(host.array(np.zeros(9)), host.xp.exp(neck / 2)).to_event(1))
 
     return model
 

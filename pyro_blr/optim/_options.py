@@ -88,15 +88,14 @@ def checked_positive(name: str, value: Any, *, finite: bool = True, hint: str = 
     return float(value)
 
 
-def checked_schedule(name: str, value: Any) -> float | Callable:
-    """A positive number, or a function of the step that is positive at the steps 0, 1, 2, 4, ..., 2²⁰."""
+def checked_schedule(name: str, value: Any, *, may_be_zero: bool) -> float | Callable:
+    """A positive number, or a function of the step that is positive (or zero) at the steps 0, 1, 2, 4, ..., 2²⁰."""
     if not callable(value):
         return checked_positive(name, value)
     for count in SCHEDULE_PROBES:
-        if not (float(value(count)) >= 0 and math.isfinite(float(value(count)))):
-            raise ValueError(
-                f"a schedule of the {name} must not be negative, got {float(value(count))} at step {count}."
-            )
+        result = float(value(count))
+        if not (math.isfinite(result) and (result > 0 or (may_be_zero and result == 0))):
+            raise ValueError(f"a schedule of the {name} must stay positive, got {result} at step {count}.")
     return value
 
 

@@ -132,13 +132,13 @@ class IVON(pyro.optim.PyroOptim):
     ) -> None:
         self.preconditioner = _options.checked_preconditioner(preconditioner)
         rate = LEARNING_RATES[preconditioner] if learning_rate is None else learning_rate
-        self.learning_rate = _options.checked_schedule("learning_rate", rate)
+        self.learning_rate = _options.checked_schedule("learning_rate", rate, may_be_zero=True)
         self.beta1 = _options.checked_memory("beta1", beta1)
         self.beta2 = _options.checked_memory("beta2", MEMORIES[preconditioner] if beta2 is None else beta2)
         self.beta3 = _options.checked_memory("beta3", beta3)
         self.hess_init = _options.checked_positive("hess_init", hess_init)
         self.clip_radius = _options.checked_positive("clip_radius", clip_radius, finite=False)
-        self.temperature = _options.checked_schedule("temperature", temperature)
+        self.temperature = _options.checked_schedule("temperature", temperature, may_be_zero=False)
         self.accumulation_steps = _options.checked_count("accumulation_steps", accumulation_steps)
         self.process_group = _checked_group(process_group)
         self.others = _svi.host_optimizer(others)

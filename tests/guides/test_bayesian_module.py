@@ -111,7 +111,9 @@ def test_the_module_holds_nothing_twice(make):
     assert covered[-1][1] == net.weights.numel()
 
 
-@pytest.mark.parametrize("prior_scale", [None, 0.7, lambda name, param: 0.1 + 0.1 * param.ndim], ids=["fan-in", "one", "own"])
+@pytest.mark.parametrize(
+    "prior_scale", [None, 0.7, lambda name, param: 0.1 + 0.1 * param.ndim], ids=["fan-in", "one", "own"]
+)
 def test_the_density_of_the_site_is_that_of_independent_normals(prior_scale):
     module = MODULES["layers"]()
     named = {name: param.detach().clone() for name, param in module.named_parameters()}
