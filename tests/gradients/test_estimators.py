@@ -126,7 +126,7 @@ def test_reparameterized_takes_the_entropy_out_whatever_its_weight(backend, part
 # ---------------------------------------------------------------------------------------------------------------------
 # Unbiased on a Poisson regression, whose E_q[g] and E_q[H] are known in closed form
 
-NUM_ESTIMATES = 1500
+NUM_ESTIMATES = 700
 
 
 def flat(backend, result):

@@ -138,6 +138,11 @@ def at_cuts(model):
 
 CASES = {
     "mean field": (logistic, (X, 1.0 * (NOISE > 0)), {}),
+    "full rank, a temperature, a rate": (
+        logistic,
+        (X, 1.0 * (NOISE > 0)),
+        {"guide": AutoMultivariateNormal, "temperature": 0.5, "learning_rate": 0.3},
+    ),
     "full rank": (logistic, (X, 1.0 * (NOISE > 0)), {"guide": AutoMultivariateNormal}),
     "points": (logistic, (X, 1.0 * (NOISE > 0)), {"guide": AutoDelta}),
     "hutchinson": (logistic, (X, 1.0 * (NOISE > 0)), {"estimator": "hutchinson"}),
@@ -161,7 +166,7 @@ CASES = {
     "a loop, hutchinson": (chain, (NOISE,), {"estimator": "hutchinson"}),
 }
 # whose parts are in other cases, too
-SLOW = ("mean field", "particles", "a loop, hutchinson")
+SLOW = ("mean field", "full rank", "a temperature", "a rate", "particles", "a loop, hutchinson")
 cases = pytest.mark.parametrize(
     ("model", "args", "options"),
     [pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, case in CASES.items()],
@@ -214,7 +219,7 @@ def test_advance_calls_model_and_guide_only_while_the_graph_is_checked():
     assert np.isfinite(used.losses).all()
 
 
-@pytest.mark.parametrize("estimator", ["hessian", "hutchinson"])
+@pytest.mark.parametrize("estimator", [pytest.param("hessian", marks=pytest.mark.slow), "hutchinson"])
 def test_draws_that_do_not_fit_together_are_taken_in_parts(estimator, monkeypatch):
     args = tensors(X, 1.0 * (NOISE > 0))
     expected = fit(logistic, args, estimator=estimator, num_draws=6)
@@ -335,7 +340,7 @@ def test_a_cleared_store_starts_anew():
 
         return by_hand
 
-    used = fit(factor, guide=guide, compile=True, advance=(True,))
+    used = fit(factor, guide=guide, compile=True, advance=(True,), num_steps=2)
     pyro.clear_param_store()
     used.optimizer.advance(used.svi)
     assert used.optimizer.get_state()["count"] == 1

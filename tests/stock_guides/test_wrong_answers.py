@@ -280,7 +280,7 @@ def outliers_posterior() -> tuple[np.ndarray, np.ndarray]:
 
 
 OUTLIERS_GUIDES = (
-    cases.MEAN_FIELD,
+    pytest.param(cases.MEAN_FIELD, marks=pytest.mark.slow),  # the same Gaussians as by hand
     cases.Guide("Normal by hand", written_guide, cases.every_coordinate),
     cases.FULL_RANK,
 )
@@ -290,7 +290,7 @@ OUTLIERS_GUIDES = (
 def test_a_line_with_outliers(backend, guide):
     """All three guides end at the best of their kind and at the posterior's means, hence at one another's."""
     best = outliers_best(guide is cases.FULL_RANK)
-    fit = backend.start(outliers_model, guide.make, outliers()).run(100)
+    fit = backend.start(outliers_model, guide.make, outliers()).run(60)
     loc, covariance = fitted(fit)
     assert fit.skipped == 0 and np.isfinite(fit.losses).all()
     assert -1e-3 < gap_to(best, outliers_log_joint, loc, covariance) < 0.1  # a nat, the mark of the demo
