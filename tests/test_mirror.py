@@ -102,7 +102,7 @@ ALONE = {  # JAX traces by itself, and NumPyro lifts modules
 COMMON = {
     "optim/_weights.py": {"LogDensity", "LogDensity.log_prob", "Perturb", "check_layout", "survey"},
     "optim/_svi.py": {
-        "Members", "Redraw", "Redraw.weight", "calling_svi", "check_loss", "check_params", "host_optimizer",
+        "Members", "Redraw", "Redraw.weight", "calling_svi", "check_loss", "check_params", "frame_of", "host_optimizer",
         "objective_of", "report_skipped", "standard_normal",
     },
     "optim/_layout.py": {

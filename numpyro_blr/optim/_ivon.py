@@ -167,9 +167,8 @@ def averaged_hessian(hessian: Array, estimate: Array, prior: Prior, settings: Se
         return straight + 0.5 * (forgotten * (hessian - estimate)) ** 2 / (hessian + prior.precision)
     zero = jnp.zeros((), hessian.dtype)
     missing = jax.lax.cond(count <= RISE, lambda: jnp.mean(estimate - hessian), lambda: zero)
-    return jnp.maximum(straight, 0.5 * (hessian - prior.precision)) + jnp.maximum(missing, zero) / count.astype(
-        zero.dtype
-    )
+    rise = jnp.maximum(missing, zero) / count.astype(zero.dtype)
+    return jnp.maximum(straight, 0.5 * (hessian - prior.precision)) + rise
 
 
 def step(

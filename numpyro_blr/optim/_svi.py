@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ __all__ = [
     "check_loss",
     "check_params",
     "checked_state",
+    "frame_of",
     "host_optimizer",
     "joint_noise",
     "loss_of",
@@ -44,15 +46,21 @@ def calling_svi(method: Callable, rule: str = "BLR") -> tuple[SVI, tuple, dict]:
 
     SVI hands an optimizer no program, but it calls the optimizer from its own methods: the caller's frame has it.
     """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not method.__code__:
-        frame = frame.f_back
+    frame = frame_of(method)
     if frame is None:
         raise RuntimeError(
             f"{rule} must be initialised by SVI.{method.__name__}, which knows the guide; it was called without one. "
             f"Pass it to `SVI(model, guide, {rule}(), loss)` and call `svi.init` or `svi.run`."
         )
     return frame.f_locals["self"], frame.f_locals["args"], frame.f_locals["kwargs"]
+
+
+def frame_of(method: Callable) -> FrameType | None:
+    """The innermost frame in which `method` is being executed; None where it is not."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not method.__code__:
+        frame = frame.f_back
+    return frame
 
 
 def check_loss(loss: Any, rule: str = "BLR") -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pyro
@@ -53,6 +53,7 @@ __all__ = [
     "calling_svi",
     "check_loss",
     "check_params",
+    "frame_of",
     "host_gradients",
     "host_noise",
     "host_optimizer",
@@ -83,15 +84,21 @@ def calling_svi(method: Callable, rule: str = "BLR") -> tuple[SVI, tuple, dict]:
 
     SVI hands an optimizer no program, but it calls the optimizer from its own methods: the caller's frame has it.
     """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not method.__code__:
-        frame = frame.f_back
+    frame = frame_of(method)
     if frame is None:
         raise RuntimeError(
             f"{rule} must be called by SVI.{method.__name__}, which knows the guide and the loss; it was called "
             f"without one. Pass it to `SVI(model, guide, {rule}(), loss)` and call `svi.step`."
         )
     return frame.f_locals["self"], frame.f_locals["args"], frame.f_locals["kwargs"]
+
+
+def frame_of(method: Callable) -> FrameType | None:
+    """The innermost frame in which `method` is being executed; None where it is not."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not method.__code__:
+        frame = frame.f_back
+    return frame
 
 
 def check_loss(svi: SVI, rule: str = "BLR") -> Any:

@@ -6,7 +6,6 @@ site. Few parts make few operations, and small ones little memory beside the wei
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
@@ -24,6 +23,7 @@ from torch.distributions import constraints
 from . import _ivon
 from ._ivon import Prior, Settings, State, Weights
 from ._layout import Layout, recognise, subsampled, undisturbed, unwrap
+from ._svi import frame_of
 
 __all__ = ["LogDensity", "Perturb", "Program", "Target", "check_layout", "find_layout", "scale", "statistics", "survey"]
 
@@ -35,13 +35,12 @@ def check_layout(layout: Layout) -> None:
     if foreign:
         raise ValueError(
             "IVON expected a mean-field guide, whose sites are Normals with parameters for location and scale; "
-            f"{', '.join(map(repr, foreign)) or 'no site'} is different. Use AutoNormal or AutoDiagonalNormal, or BLR."
+            f"{', '.join(map(repr, foreign))} is different. Use AutoNormal or AutoDiagonalNormal, or BLR."
         )
 
 
-Part = (
-    Any  # one tensor of a module: `name`, `shape`, its elements from `start` to `stop`, its prior's `loc` and `scale`
-)
+# One tensor of a module: `name`, `shape`, its elements from `start` to `stop`, `loc` and `scale` of its prior.
+Part = Any
 
 
 class WeightsGuide(Protocol):
@@ -219,7 +218,7 @@ class LogDensity(TorchDistribution):
 
 
 class Drawn(NamedTuple):
-    """A part at a draw: w, and its tensors as the leaves in which their gradients arrive; None where it is one."""
+    """A part at a draw: w, and its tensors as the leaves in which their gradients arrive."""
 
     value: Tensor
     leaves: list[Tensor]
@@ -319,9 +318,7 @@ class Program:
 
     def handler(self, role: str) -> Messenger | None:
         """What the model or the guide is to be run under, if `SVI.step` is asking."""
-        frame = inspect.currentframe()
-        while frame is not None and frame.f_code is not SVI.step.__code__:
-            frame = frame.f_back
+        frame = frame_of(SVI.step)
         if frame is None:
             return None
         if frame is not self.frame:  # another step than that of the draws so far, which an exception may have left here

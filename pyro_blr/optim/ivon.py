@@ -288,7 +288,8 @@ class IVON(pyro.optim.PyroOptim):
         """The first worker's start and seed, at every worker."""
         if self.process_group is None:
             return state
-        seed = torch.tensor(state.seed)
+        device = next(iter(state.weights.loc.values())).device  # what the group's engine can send
+        seed = torch.tensor(state.seed, device=device)
         for tensor in (seed, *state.weights.loc.values()):
             torch.distributed.broadcast(tensor, src=0, group=self.process_group)
         return replace(state, seed=int(seed))
