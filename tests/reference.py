@@ -391,7 +391,9 @@ def factored_ivon(
     momentum = s.beta1 * weights.momentum + (1 - s.beta1) * gradient
     straight = s.beta2 * weights.hessian + (1 - s.beta2) * estimate
     halved = (weights.hessian + s.weight_decay) / 2 - s.weight_decay
-    rise = max(0.0, (estimate - weights.hessian).mean()) / count if count <= 20 else 0.0
+    if count <= 100:
+        mean = weights.hessian.mean()
+        straight = straight + max((estimate.mean() - mean) / count, s.hess_init - mean)
     pull = s.weight_decay * (weights.loc - s.prior_loc)
     rows, columns = (
         s.beta3 * old + (1 - s.beta3) * new
@@ -407,7 +409,7 @@ def factored_ivon(
     return Weights(
         loc=weights.loc - rate * unit * np.clip(direction, -s.clip_radius, s.clip_radius),
         momentum=momentum,
-        hessian=np.maximum(straight, halved) + rise,
+        hessian=np.maximum(straight, halved),
         rows=rows,
         columns=columns,
         count=count,

@@ -6,7 +6,7 @@ With q(w) = N(m, diag σ²), N data, ℓ̄ the loss averaged over them, a prior 
     ĝ = ∇ℓ̄(m + σ ε)                                        the gradient at the drawn weights
     ĥ = ε ĝ / σ        or        ε (ĝ − ḡ) / σ − h (ε² − 1)                                  `curvature`
     ḡ ← β₁ ḡ + (1 − β₁) ĝ
-    h ← β₂ h + (1 − β₂) ĥ,  kept in the domain, and raised at the start                      `averaged_hessian`
+    h ← β₂ h + (1 − β₂) ĥ,  kept in the domain, and faster at the start        `averaged_hessian`
     m ← m − α · direction                                                                    `step`
 
 Both ĥ estimate E_q[diag ∇²ℓ̄] (Price's theorem). The second takes from ℓ̄ its quadratic surrogate ⟨ḡ, w⟩ + ½ h (w − m)²,
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 Weights = dict[str, Array]  # by site
-RISE = 20  # steps in which a start that is too wide is made narrower
+START = 100  # steps in which h, over a part, is the plain mean of all ĥ
 TINY = 1e-8  # Adam's ε, beside the root of the second moment of a gradient of the averaged loss
 
 
@@ -158,17 +158,20 @@ def averaged_hessian(hessian: Array, estimate: Array, prior: Prior, settings: Se
     The published recursion always adds (1 − β₂)² (h − ĥ)² / (2 (h + δ)), a Riemannian step that can never leave the
     domain, at the price of a bias upwards by (1 − β₂) Var(ĥ) / (2 (h + δ)) in the long run. The other takes the
     straight step wherever that keeps half of the precision, and half of it elsewhere. An average with a long memory
-    would be long in learning that h₀ is far too small, with draws too wide to learn from: in the first `RISE` steps the
-    mean of ĥ over the part, which has little noise, lifts h where it is larger, h ← h + max(0, mean(ĥ − h)) / t.
+    would be long in learning that h₀ is far too small, with draws too wide to learn from: in the first `START` steps,
+    h ← h + max(mean(ĥ − h)/t, h₀ − mean(h)), by which the mean of h over the part is that of all ĥ so far, if over h₀.
     """
     forgotten = 1 - settings.beta2
     straight = hessian + forgotten * (estimate - hessian)
     if settings.preconditioner == "posterior":
         return straight + 0.5 * (forgotten * (hessian - estimate)) ** 2 / (hessian + prior.precision)
-    zero = jnp.zeros((), hessian.dtype)
-    missing = jax.lax.cond(count <= RISE, lambda: jnp.mean(estimate - hessian), lambda: zero)
-    rise = jnp.maximum(missing, zero) / count.astype(zero.dtype)
-    return jnp.maximum(straight, 0.5 * (hessian - prior.precision)) + rise
+
+    def shift() -> Array:
+        mean = hessian.mean()
+        return jnp.maximum((estimate.mean() - mean) / count.astype(mean.dtype), settings.hess_init - mean)
+
+    straight += jax.lax.cond(count <= START, shift, lambda: jnp.zeros((), hessian.dtype))
+    return jnp.maximum(straight, 0.5 * (hessian - prior.precision))
 
 
 def step(

@@ -6,7 +6,7 @@ With q(w) = N(m, diag σ²), N data, ℓ̄ the loss averaged over them, a prior 
     ĝ = ∇ℓ̄(m + σ ε)                                        the gradient at the drawn weights
     ĥ = ε ĝ / σ        or        ε (ĝ − ḡ) / σ − h (ε² − 1)                                  `curvature`
     ḡ ← β₁ ḡ + (1 − β₁) ĝ
-    h ← β₂ h + (1 − β₂) ĥ,  kept in the domain, and raised at the start                      `averaged_hessian`
+    h ← β₂ h + (1 − β₂) ĥ,  kept in the domain, and faster at the start        `averaged_hessian`
     m ← m − α · direction                                                                    `step`
 
 Both ĥ estimate E_q[diag ∇²ℓ̄] (Price's theorem). The second takes from ℓ̄ its quadratic surrogate ⟨ḡ, w⟩ + ½ h (w − m)²,
@@ -55,7 +55,7 @@ __all__ = [
 
 Weights = dict[str, Tensor]  # by name of the part
 Shapes = tuple[torch.Size, ...]
-RISE = 20  # steps in which a start that is too wide is made narrower
+START = 100  # steps in which h, over a part, is the plain mean of all ĥ
 TINY = 1e-8  # Adam's ε, beside the root of the second moment of a gradient of the averaged loss
 
 
@@ -172,15 +172,17 @@ def averaged_hessian(hessian: Tensor, estimate: Tensor, prior: Prior, settings: 
     The published recursion always adds (1 − β₂)² (h − ĥ)² / (2 (h + δ)), a Riemannian step that can never leave the
     domain, at the price of a bias upwards by (1 − β₂) Var(ĥ) / (2 (h + δ)) in the long run. The other takes the
     straight step wherever that keeps half of the precision, and half of it elsewhere. An average with a long memory
-    would be long in learning that h₀ is far too small, with draws too wide to learn from: in the first `RISE` steps the
-    mean of ĥ over the part, which has little noise, lifts h where it is larger, h ← h + max(0, mean(ĥ − h)) / t.
+    would be long in learning that h₀ is far too small, with draws too wide to learn from: in the first `START` steps,
+    h ← h + max(mean(ĥ − h)/t, h₀ − mean(h)), by which the mean of h over the part is that of all ĥ so far, if over h₀.
     """
     forgotten = 1 - settings.beta2
     straight = torch.lerp(hessian, estimate, forgotten)
     if settings.preconditioner == "posterior":
         return straight + 0.5 * (forgotten * (hessian - estimate)) ** 2 / (hessian + prior.precision)
-    kept = torch.maximum(straight, (hessian - prior.precision).mul_(0.5), out=straight)
-    return kept if count > RISE else kept.add_((estimate - hessian).mean().clamp_min(0.0) / count)
+    if count <= START:
+        mean = hessian.mean()
+        straight += torch.maximum((estimate.mean() - mean) / count, settings.hess_init - mean)
+    return torch.maximum(straight, (hessian - prior.precision).mul_(0.5), out=straight)
 
 
 def step(

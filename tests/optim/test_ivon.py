@@ -347,6 +347,13 @@ def test_the_mean_field_optimum_is_reached(backend, make, make_guide, options):
     assert_allclose(variances * precision / temperature, 1, atol=0.2)
 
 
+def test_a_start_that_is_far_too_wide_is_left_at_once(backend):
+    """The memory of 10,000 steps alone would have come one part in a hundred of the way."""
+    model = cases.separable_means()
+    fit = backend.start(model.make, MEAN_FIELD.make, model.args, rule="IVON", hess_init=0.01).run(100)
+    assert_allclose(fit.ivon_arrays("hessian")["z"].mean(), 4 / 3, rtol=0.2)
+
+
 @preconditioners
 def test_the_loss_is_an_unbiased_estimate_of_the_negative_elbo(backend, preconditioner):
     """At a q that does not move, against its closed form, and against the host's own."""
