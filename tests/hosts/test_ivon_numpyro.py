@@ -194,7 +194,7 @@ def test_single_precision_stays_single_and_the_forward_pass_may_be_half(numpyro_
     with numpyro_bridge.promotion(lax=True):  # which the host's own Normal needs
         state = svi.init(jax.random.key(0))
         update = jax.jit(svi.update)
-        for _ in range(2):
+        for _ in range(20):
             state, loss = update(state)
     weights = state.optim_state[1].weights
     assert jnp.isfinite(loss)
