@@ -607,7 +607,7 @@ class PyroBridge(Bridge):
         """The rule's state at m = `loc`."""
         start = {name: self.array(value) for name, value in loc.items()}
         hessian = {name: self.torch.empty_like(value) for name, value in start.items()}
-        return self.ivon.init(start, hessian, {name: (value.shape,) for name, value in start.items()}, settings)
+        return self.ivon.init(start, hessian, {name: ((1, value.shape),) for name, value in start.items()}, settings)
 
     def ivon_step(self, state: Any, gradient: dict, estimate: dict, priors: dict, rate: float, settings: Any) -> Any:
         """A step of the rule from ĝ and ĥ, which writes in place."""

@@ -18,7 +18,7 @@ a matrix it keeps the means of its rows and columns alone, and it moves in units
 as if the coordinates were (w − m₀)/s₀:
 
     R, C ← β₃ (R, C) + (1 − β₃) mean over (columns, rows) of (ĝ + δ (m − m₀))²
-    v = R Cᵀ / mean(R) / (1 − β₃ᵗ)                                                   `second_moment_of`
+    v = R Cᵀ / mean(R) / (1 − β₃ᵗ)                                                   `root_of`
     g̃ = β₁ ḡ/(1 − β₁ᵗ⁺¹) + (1 − β₁) ĝ/(1 − β₁ᵗ)                                      Nesterov momentum
     direction = s₀ clip((g̃ + δ (m − m₀)) / (√v + 10⁻⁸), ±c)
 
@@ -49,6 +49,7 @@ __all__ = [
     "curvature",
     "init",
     "kl_divergence",
+    "precision_of",
     "scale_of",
     "step",
     "surrogate",
@@ -128,9 +129,14 @@ def init(loc: Mapping[str, Array], settings: Settings) -> State:
     )
 
 
+def precision_of(hessian: Array, prior: Prior, num_data: float, temperature: Array | float) -> Array:
+    """1/σ² = N (h + δ) / τ"""
+    return (num_data / temperature * (hessian + prior.precision)).astype(hessian.dtype)
+
+
 def scale_of(hessian: Array, prior: Prior, num_data: float, temperature: Array | float) -> Array:
-    """σ = √(τ / (N (h + δ)))"""
-    return jnp.sqrt(temperature / (num_data * (hessian + prior.precision))).astype(hessian.dtype)
+    """σ"""
+    return 1 / jnp.sqrt(precision_of(hessian, prior, num_data, temperature))
 
 
 def surrogate(state: State, settings: Settings) -> dict[str, tuple[Array, Array]]:
@@ -144,12 +150,12 @@ def surrogate(state: State, settings: Settings) -> dict[str, tuple[Array, Array]
     }
 
 
-def curvature(product: Array, scale: Array, hessian: Array) -> Array:
-    """ĥ = h + σ ε (ĝ − ḡ − h σ ε) / σ², from the `product` over σ², averaged over particles.
+def curvature(product: Array, precision: Array, hessian: Array) -> Array:
+    """ĥ = h + σ ε (ĝ − ḡ − h σ ε) / σ², from the `product` over σ², averaged over particles, and `precision` = 1/σ².
 
     The product is σ times the gradient, with respect to σ, of ℓ̄ less its surrogate. Without a surrogate h and ḡ are 0.
     """
-    return hessian + product / scale**2
+    return hessian + product * precision
 
 
 def averaged_hessian(hessian: Array, estimate: Array, prior: Prior, settings: Settings, count: Array) -> Array:
@@ -201,8 +207,7 @@ def step(
             ahead = settings.beta1 * momentum[name] / debias(settings.beta1, count + 1, dtype)
             ascent = ahead + (1 - settings.beta1) * gradient[name] / debias(settings.beta1, count, dtype) + pull
             unit = prior_scale(prior, settings.num_data)
-            v = second_moment_of(second_moment[name], m.shape) / debias(settings.beta3, count, dtype)
-            root = jnp.sqrt(v) + TINY
+            root = root_of(second_moment[name], debias(settings.beta3, count, dtype), m.shape) + TINY
         direction = unit * jnp.clip(ascent / root, -settings.clip_radius, settings.clip_radius)
         loc[name] = (m - learning_rate * direction).astype(dtype)
     return replace(state, count=count, loc=loc, momentum=momentum, hessian=hessian, second_moment=second_moment)
@@ -222,12 +227,13 @@ def means(squares: Array) -> tuple[Array, ...]:
     return matrix.mean(1, keepdims=True), matrix.mean(0, keepdims=True)
 
 
-def second_moment_of(factors: tuple[Array, ...], shape: tuple[int, ...]) -> Array:
-    """R Cᵀ / mean(R), the array of rank one with these means of rows and columns."""
+def root_of(factors: tuple[Array, ...], known: Array, shape: tuple[int, ...]) -> Array:
+    """√v = √R √Cᵀ / √mean(R), of averages that are `known` times what they are of."""
     if len(factors) == 1:
-        return factors[0]
+        return jnp.sqrt(factors[0] / known)
     rows, columns = factors
-    return (rows / jnp.maximum(rows.mean(), jnp.finfo(rows.dtype).tiny) * columns).reshape(shape)
+    average = jnp.maximum(rows.mean(), jnp.finfo(rows.dtype).tiny)
+    return (jnp.sqrt(rows / (average * known)) * jnp.sqrt(columns)).reshape(shape)
 
 
 def average(old: Array, new: Array, memory: float) -> Array:

@@ -200,7 +200,8 @@ class IVON(_NumPyroOptim):
         g_own = jax.tree.map(lambda g: settings.num_data * g, g_own)  # of the loss itself, as the host would hand it on
         gradient = {name: slope[name] + surrogate[name][0] for name in slope}
         estimate = {
-            name: _ivon.curvature(scales[name] * scale_slope[name], scales[name], surrogate[name][1]) for name in slope
+            name: _ivon.curvature(scales[name] * scale_slope[name], scales[name] ** -2, surrogate[name][1])
+            for name in slope
         }
         if self.axis_name is not None:
             loss, gradient, estimate, g_own = jax.lax.pmean((loss, gradient, estimate, g_own), self.axis_name)

@@ -100,9 +100,10 @@ class BayesianModule(torch.nn.Module):
         self.parts: list[Part] = []
         priors = {key: _prior_of(key, param, prior_scale) for key, param in named.items()}
         start = 0
-        # What has the same prior is updated in one go. By names and scales, and not by values that another start of the
-        # same module would not have: a stored vector of weights is to be read as it was written.
-        for key in sorted(named, key=lambda key: (priors[key][1], key.rpartition(".")[2])):
+        # What has the same prior is updated in one go, faster where shapes are the same. By names, scales and shapes,
+        # and not by values that another start of the same module would not have: a stored vector of weights is to be
+        # read as it was written.
+        for key in sorted(named, key=lambda key: (priors[key][1], key.rpartition(".")[2], named[key].shape)):
             self.parts.append(Part(key, named[key].shape, start, start + named[key].numel(), *priors[key]))
             start += named[key].numel()
         self.register_buffer("weights", torch.cat([named[part.name].detach().reshape(-1) for part in self.parts]))

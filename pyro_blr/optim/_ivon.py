@@ -18,7 +18,7 @@ a matrix it keeps the means of its rows and columns alone, and it moves in units
 as if the coordinates were (w − m₀)/s₀:
 
     R, C ← β₃ (R, C) + (1 − β₃) mean over (columns, rows) of (ĝ + δ (m − m₀))²
-    v = R Cᵀ / mean(R) / (1 − β₃ᵗ)                                                   `second_moment_of`
+    v = R Cᵀ / mean(R) / (1 − β₃ᵗ)                                                   `root_of`
     g̃ = β₁ ḡ/(1 − β₁ᵗ⁺¹) + (1 − β₁) ĝ/(1 − β₁ᵗ)                                      Nesterov momentum
     direction = s₀ clip((g̃ + δ (m − m₀)) / (√v + 10⁻⁸), ±c)
 
@@ -48,13 +48,14 @@ __all__ = [
     "curvature",
     "init",
     "kl_divergence",
+    "precision_of",
     "scale_of",
     "step",
     "surrogate",
 ]
 
 Weights = dict[str, Tensor]  # by name of the part
-Shapes = tuple[torch.Size, ...]
+Shapes = tuple[tuple[int, torch.Size], ...]  # (k, shape): k tensors of this shape, one after another
 START = 100  # steps in which h, over a part, is the plain mean of all ĥ
 TINY = 1e-8  # Adam's ε, beside the root of the second moment of a gradient of the averaged loss
 
@@ -109,8 +110,8 @@ class State:
         loc: m.
         momentum: ḡ.
         hessian: h.
-        second_moment: for each of these tensors, (R, C) of v, [rows, 1] and [1, columns] of the tensor seen as a
-            matrix, or v alone where it is a vector; none where the preconditioner is the posterior.
+        second_moment: of every k tensors of one shape, (R, C) of v, [k, rows, 1] and [k, 1, columns] of the tensors
+            seen as matrices, or v alone where they are vectors; none where the preconditioner is the posterior.
         skipped: steps so far that left everything else as it was, because the loss or a gradient was not finite.
     """
 
@@ -136,18 +137,22 @@ def init(
         loc=dict(loc),
         momentum={name: torch.zeros_like(value) for name, value in loc.items()},
         hessian=dict(hessian),
-        second_moment=(
-            {name: [] for name in loc}
-            if published
-            else {name: [means(value.new_zeros(shape)) for shape in shapes[name]] for name, value in loc.items()}
-        ),
+        second_moment={
+            name: [] if published else [means(zeros) for zeros in stacks(torch.zeros_like(value), shapes[name])]
+            for name, value in loc.items()
+        },
         skipped=0,
     )
 
 
+def precision_of(hessian: Tensor, prior: Prior, num_data: float, temperature: float) -> Tensor:
+    """1/σ² = N (h + δ) / τ"""
+    return (hessian + prior.precision).mul_(num_data / temperature)
+
+
 def scale_of(hessian: Tensor, prior: Prior, num_data: float, temperature: float) -> Tensor:
-    """σ = √(τ / (N (h + δ)))"""
-    return (hessian + prior.precision).mul_(num_data / temperature).rsqrt_()
+    """σ"""
+    return precision_of(hessian, prior, num_data, temperature).rsqrt_()
 
 
 def surrogate(state: State, name: str, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -158,12 +163,12 @@ def surrogate(state: State, name: str, settings: Settings) -> tuple[Tensor, Tens
     return state.momentum[name] / debias(settings.beta1, max(state.count, 1)), state.hessian[name]
 
 
-def curvature(product: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
-    """ĥ = h + σ ε (ĝ − ḡ − h σ ε) / σ², from the `product` over σ², averaged over particles.
+def curvature(product: Tensor, precision: Tensor, hessian: Tensor) -> Tensor:
+    """ĥ = h + σ ε (ĝ − ḡ − h σ ε) / σ², from the `product` over σ², averaged over particles, and `precision` = 1/σ².
 
     The product is σ times the gradient, with respect to σ, of ℓ̄ less its surrogate. Without a surrogate h and ḡ are 0.
     """
-    return hessian + product / scale**2
+    return torch.addcmul(hessian, product, precision)
 
 
 def averaged_hessian(hessian: Tensor, estimate: Tensor, prior: Prior, settings: Settings, count: int) -> Tensor:
@@ -203,13 +208,12 @@ def step(
             ascent = pull.add_(momentum, alpha=1 / debias(settings.beta1, count))
             unit, root = settings.hess_init + prior.precision, hessian + prior.precision
         else:
-            squares = torch.add(gradient, pull).square_().view(-1)
-            tensors, factors = tensors_of(squares, state.shapes[name]), state.second_moment[name]
-            new = [means(tensor) for tensor in tensors]
-            torch._foreach_lerp_([*sum(factors, ())], [*sum(new, ())], 1 - settings.beta3)
-            for tensor, pair in zip(tensors, factors, strict=True):
-                second_moment_of(pair, out=tensor)
-            root = squares.view(m.shape).div_(debias(settings.beta3, count)).sqrt_().add_(TINY)
+            squares = torch.add(gradient, pull).square_()
+            for stack, factors in zip(stacks(squares, state.shapes[name]), state.second_moment[name], strict=True):
+                for factor, new in zip(factors, means(stack), strict=True):
+                    factor.lerp_(new, 1 - settings.beta3)
+                root_of(factors, debias(settings.beta3, count), out=stack)
+            root = squares.add_(TINY)
             ahead = settings.beta1 / debias(settings.beta1, count + 1)
             ascent = pull.add_(momentum, alpha=ahead)
             ascent.add_(gradient, alpha=(1 - settings.beta1) / debias(settings.beta1, count))
@@ -221,33 +225,37 @@ def step(
     return replace(state, count=count)
 
 
-def tensors_of(part: Tensor, shapes: Shapes) -> list[Tensor]:
-    """The tensors of a part, as views of it."""
-    pieces = part.split([shape.numel() for shape in shapes])
-    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+def stacks(part: Tensor, shapes: Shapes) -> list[Tensor]:
+    """The tensors of a part, as views of it: [k, rows, columns] of k that are seen as matrices, [k, length] of vectors.
+
+    A matrix has its axes parted where the two sides are most alike.
+    """
+    pieces = part.view(-1).split([count * shape.numel() for count, shape in shapes])
+    return [piece.view(count, *matrix_shape(shape)) for piece, (count, shape) in zip(pieces, shapes, strict=True)]
 
 
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns) of a tensor seen as a matrix: its axes are parted where the two sides are most alike."""
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(rows, columns) of a tensor seen as a matrix; (length,) of a vector."""
+    if len(shape) < 2:
+        return (math.prod(shape),)
     parts = [(math.prod(shape[:axis]), math.prod(shape[axis:])) for axis in range(1, len(shape))]
     return min(parts, key=lambda part: max(part))
 
 
 def means(squares: Tensor) -> tuple[Tensor, ...]:
-    """The means over columns, [rows, 1], and over rows, [1, columns]; of a vector, the vector."""
-    if squares.ndim < 2:
+    """The means over columns, [k, rows, 1], and over rows, [k, 1, columns]; of vectors, the vectors."""
+    if squares.ndim < 3:
         return (squares.clone(),)
-    matrix = squares.view(matrix_shape(squares.shape))
-    return matrix.mean(1, keepdim=True), matrix.mean(0, keepdim=True)
+    return squares.mean(-1, keepdim=True), squares.mean(-2, keepdim=True)
 
 
-def second_moment_of(factors: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    """R Cᵀ / mean(R), the tensor of rank one with these means of rows and columns."""
+def root_of(factors: tuple[Tensor, ...], known: float, out: Tensor) -> Tensor:
+    """√v = √R √Cᵀ / √mean(R), of averages that are `known` times what they are of."""
     if len(factors) == 1:
-        return out.copy_(factors[0])
+        return torch.div(factors[0], known, out=out).sqrt_()
     rows, columns = factors
-    scaled = rows / rows.mean().clamp_min(torch.finfo(rows.dtype).tiny)
-    return torch.mul(scaled, columns, out=out.view(matrix_shape(out.shape)))
+    average = rows.mean(-2, keepdim=True).clamp_min_(torch.finfo(rows.dtype).tiny)
+    return torch.mul((rows / (average * known)).sqrt_(), columns.sqrt(), out=out)
 
 
 def debias(memory: float, count: int) -> float:
@@ -266,6 +274,11 @@ def kl_divergence(loc: Tensor, scale: Tensor, prior: Prior, num_data: float) -> 
     if not prior.known:
         return -log_scale - 0.5 * size * (math.log(2 * math.pi) + 1)
     precision = torch.as_tensor(num_data * prior.precision, dtype=loc.dtype, device=loc.device)
-    squares = torch.square(loc - prior.loc).addcmul_(scale, scale)
-    expected = (squares * precision).sum() - precision.log().expand(loc.shape).sum()
-    return 0.5 * (expected - size) - log_scale
+    expected = weighted_square(loc - prior.loc, precision) + weighted_square(scale, precision)
+    return 0.5 * (expected - size * (1 + precision.log().mean())) - log_scale
+
+
+def weighted_square(x: Tensor, weight: Tensor) -> Tensor:
+    """Σ w x², of one weight for all or one for each."""
+    x = x.reshape(-1)
+    return weight * torch.dot(x, x) if weight.ndim == 0 else torch.dot(weight.reshape(-1) * x, x)

@@ -369,10 +369,12 @@ def statistics(
         sums = []
         for draw, at_draw in zip(draws, gradients, strict=True):
             offset, slope_at_draw = draw[name].value - m, at_draw.pop(name).div_(settings.num_data)
-            surrogate = torch.addcmul(slope, hessian, offset).div_(len(draws))  # ELBOs average over particles
-            sums.append((slope_at_draw, torch.sub(slope_at_draw, surrogate, out=surrogate).mul_(offset)))
+            surrogate, share = torch.addcmul(slope, hessian, offset), 1 / len(draws)  # ELBOs average over particles
+            product = torch.sub(slope_at_draw, surrogate, alpha=share, out=surrogate).mul_(offset)
+            sums.append((slope_at_draw, product))
         gradient, product = (sum(terms[1:], start=terms[0]) for terms in zip(*sums, strict=True))
-        yield name, gradient, _ivon.curvature(product, scale(state, priors, settings, temperature, name), hessian)
+        precision = _ivon.precision_of(state.hessian[name], priors[name], settings.num_data, temperature)
+        yield name, gradient, _ivon.curvature(product, precision, hessian)
 
 
 def scale(state: State, priors: Mapping[str, Prior], settings: Settings, temperature: float, name: str) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import pyro.optim
@@ -173,14 +174,14 @@ class IVON(pyro.optim.PyroOptim):
         )
         loc = {site.name: layout.tensors[site.loc].detach() for site in layout.sites}
         hessian = {name: torch.empty_like(value) for name, value in loc.items()}
-        shapes: dict[str, tuple[torch.Size, ...]] = {name: (value.shape,) for name, value in loc.items()}
+        shapes: dict[str, _ivon.Shapes] = {name: ((1, value.shape),) for name, value in loc.items()}
         for target in targets:
             for name, tensors in target.parts.items():
                 if target.guide is not None:
                     part = slice(tensors[0].start, tensors[-1].stop)
                     loc[name], hessian[name] = target.guide.loc.detach()[part], target.guide.hessian[part]
-                    vectors = all(len(tensor.shape) < 2 for tensor in tensors)
-                    shapes[name] = (loc[name].shape,) if vectors else tuple(tensor.shape for tensor in tensors)
+                    alike = groupby(tensor.shape for tensor in tensors)
+                    shapes[name] = tuple((len(list(group)), shape) for shape, group in alike)
         weights = _ivon.init(loc, hessian, shapes, settings)
         accumulates = self.accumulation_steps > 1
         state = IVONState(
