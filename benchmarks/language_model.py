@@ -11,6 +11,7 @@ in copies of the weights. `--train STEPS` adds losses and calibration errors aft
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -97,6 +98,7 @@ def measure_memory(options: argparse.Namespace, corpus: Corpus, host: str, metho
     run = module.METHODS[method](config)
     for number in range(WARM_UP):
         step(run, corpus, config, number)
+    ctypes.CDLL(None).malloc_trim(0)  # what compiling took, and the allocator keeps, is not the steps'
     Path("/proc/self/clear_refs").write_text(RESET_PEAK)
     for number in range(WARM_UP, WARM_UP + 3):
         step(run, corpus, config, number)
