@@ -25,6 +25,8 @@ from ._layout import Layout, Site, subsampled, unwrap
 
 __all__ = ["LogDensity", "Perturb", "check_layout", "placeholders", "survey"]
 
+CHUNK = 2**20  # numbers that are drawn in one go
+
 
 def check_layout(layout: Layout) -> None:
     """A rule for independent Normals takes no other family, and no Normal with one parameter for its two."""
@@ -140,19 +142,39 @@ class LogDensity(dist.Distribution):
 
 
 @jax.custom_vjp
-def without(value: Array, offset: Array, slope: Array, curvature: Array) -> Array:
-    """0, with the gradient of −⟨a, w⟩ − ½ b (w − m)² with respect to w and to w − m: what it is worth, nobody asks."""
+def perturbed(loc: Array, stretch: Array, offset: Array) -> Array:
+    """w = m + (1 + r) σ ε at r = 0, of the `offset` σ ε, which is not kept for the gradient: it is w − m."""
+    return loc + offset
+
+
+def _perturbed_forward(loc: Array, stretch: Array, offset: Array) -> tuple[Array, tuple]:
+    value = perturbed(loc, stretch, offset)
+    return value, (value, loc)
+
+
+def _perturbed_backward(saved: tuple, cotangent: Array) -> tuple:
+    value, loc = saved
+    return cotangent, cotangent * (value - loc), jnp.zeros_like(value)
+
+
+perturbed.defvjp(_perturbed_forward, _perturbed_backward)
+
+
+@jax.custom_vjp
+def without(value: Array, loc: Array, stretch: Array, slope: Array, curvature: Array) -> Array:
+    """0, with the gradient of −⟨a, w⟩ with respect to w and of −½ b (w − m)² to r: its value, nobody asks for."""
     return 0 * value.reshape(-1)[0]  # of the value, so that every particle has its own under vmap
 
 
-def _without_forward(value: Array, offset: Array, slope: Array, curvature: Array) -> tuple[Array, tuple]:
-    return without(value, offset, slope, curvature), (offset, slope, curvature)
+def _without_forward(value: Array, loc: Array, stretch: Array, slope: Array, curvature: Array) -> tuple[Array, tuple]:
+    return without(value, loc, stretch, slope, curvature), (value, loc, slope, curvature)
 
 
 def _without_backward(saved: tuple, cotangent: Array) -> tuple:
-    offset, slope, curvature = saved
-    along = -cotangent * jnp.broadcast_to(slope, offset.shape)
-    return along, -cotangent * curvature * offset, jnp.zeros_like(slope), jnp.zeros_like(curvature)
+    value, loc, slope, curvature = saved
+    along = -cotangent * jnp.broadcast_to(slope, value.shape)
+    stretched = -cotangent * curvature * (value - loc) ** 2
+    return along, jnp.zeros_like(loc), stretched, jnp.zeros_like(slope), jnp.zeros_like(curvature)
 
 
 without.defvjp(_without_forward, _without_backward)
@@ -161,7 +183,8 @@ without.defvjp(_without_forward, _without_backward)
 class Perturb(Messenger):
     """Gives each site of the guide the value w = m + σ ε; its log q, and the terms of `known` priors, leave the loss.
 
-    Of a site's `surrogate` (a, b), the gradient of ⟨a, w⟩ + ½ b (w − m)² is taken from that of the loss.
+    `stretch` is r = 0 for each weight, for the gradient with respect to (1 + r) σ. Of a site's `surrogate` (a, b), the
+    gradient of ⟨a, w⟩ + ½ b (w − m)² is taken from that of the loss.
 
     ε of all sites is one array, cut into theirs, which compiles in half the time of one generator for each. It is a
     function of the key that the host gives the first site, so that particles have draws of their own, and of the
@@ -172,6 +195,7 @@ class Perturb(Messenger):
         self,
         layout: Layout,
         loc: Weights,
+        stretch: Weights,
         scale: Weights,
         surrogate: Mapping[str, tuple[Array, Array]],
         known: Collection[str],
@@ -179,7 +203,7 @@ class Perturb(Messenger):
     ) -> None:
         super().__init__(None)
         self.sites = {site.name: site for site in layout.sites}
-        self.loc, self.scale, self.surrogate = loc, scale, surrogate
+        self.loc, self.stretch, self.scale, self.surrogate = loc, stretch, scale, surrogate
         self.known = known
         self.axis_name = axis_name
         self.noise: Weights = {}  # of the sites that are yet to be drawn
@@ -194,13 +218,12 @@ class Perturb(Messenger):
 
     def _draw(self, msg: dict, site: Site) -> None:
         _, transforms = unwrap(msg["fn"])
-        loc = self.loc[site.name]
+        loc, stretch = self.loc[site.name], self.stretch[site.name]
         if site.name not in self.noise:
             self.noise = self._all_noise(msg["kwargs"]["rng_key"])
-        offset = self.scale[site.name] * self.noise.pop(site.name)
-        value = loc + offset
+        value = perturbed(loc, stretch, self.scale[site.name] * self.noise.pop(site.name))
         log_density = jnp.zeros(msg["fn"].batch_shape, loc.dtype)
-        event_shape, share = msg["fn"].event_shape, without(value, offset, *self.surrogate[site.name])
+        event_shape, share = msg["fn"].event_shape, without(value, loc, stretch, *self.surrogate[site.name])
         log_density += share / max(1, log_density.size)
         for transform in transforms:
             inner, value = value, transform(value)
@@ -213,8 +236,16 @@ class Perturb(Messenger):
         if self.axis_name is not None:
             rng_key = random.fold_in(rng_key, jax.lax.axis_index(self.axis_name))
         ends = np.cumsum([loc.size for loc in self.loc.values()])
-        pieces = jnp.split(random.normal(rng_key, (ends[-1],), jnp.result_type(*self.loc.values())), ends[:-1])
+        pieces = jnp.split(normals(rng_key, int(ends[-1]), jnp.result_type(*self.loc.values())), ends[:-1])
         return {
             name: piece.reshape(loc.shape).astype(loc.dtype)
             for (name, loc), piece in zip(self.loc.items(), pieces, strict=True)
         }
+
+
+def normals(rng_key: Array, size: int, dtype: Any) -> Array:
+    """ε, [size]. The host's generator takes four times the memory of its result: many are made chunk by chunk."""
+    if size <= CHUNK:
+        return random.normal(rng_key, (size,), dtype)
+    keys = random.split(rng_key, -(-size // CHUNK))
+    return jax.lax.map(lambda key: random.normal(key, (CHUNK,), dtype), keys).reshape(-1)[:size]

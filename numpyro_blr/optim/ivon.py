@@ -184,37 +184,33 @@ class IVON(_NumPyroOptim):
         weights, settings, layout = opt_state.weights, opt_state.settings, opt_state.layout
         scales, surrogate = self._scales(opt_state), _ivon.surrogate(weights, settings)
 
-        def objective(loc: Weights, scale: Weights, own: dict[str, Any]) -> tuple[Array, Any]:
+        def objective(loc: Weights, stretch: Weights, own: dict[str, Any]) -> tuple[Array, Any]:
             """ℓ̄ at the draw of the weights, its gradient less that of the surrogate."""
             total = {name: (settings.num_data * a, settings.num_data * b) for name, (a, b) in surrogate.items()}
-            with _weights.Perturb(layout, loc, scale, total, opt_state.known, self.axis_name):
+            with _weights.Perturb(layout, loc, stretch, scales, total, opt_state.known, self.axis_name):
                 loss, aux = fn({**_weights.placeholders(layout, weights.loc), **own})
             return loss / settings.num_data, aux
 
-        point = (weights.loc, scales, opt_state.params)
+        point = (weights.loc, jax.tree.map(jnp.zeros_like, weights.loc), opt_state.params)
         if self.axis_name is not None:
             point = _varying(point, self.axis_name)
-        (loss, aux), (slope, scale_slope, g_own) = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)(
-            *point
-        )
+        (loss, aux), (slope, product, g_own) = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)(*point)
         g_own = jax.tree.map(lambda g: settings.num_data * g, g_own)  # of the loss itself, as the host would hand it on
         gradient = {name: slope[name] + surrogate[name][0] for name in slope}
-        estimate = {
-            name: _ivon.curvature(scales[name] * scale_slope[name], scales[name] ** -2, surrogate[name][1])
-            for name in slope
-        }
+        estimate = {name: _ivon.curvature(product[name], scales[name] ** -2, surrogate[name][1]) for name in slope}
         if self.axis_name is not None:
             loss, gradient, estimate, g_own = jax.lax.pmean((loss, gradient, estimate, g_own), self.axis_name)
-        # one sum, since XLA is slow at reducing what `isfinite` says of each element; ĥ is finite where ĝ is
-        total = loss + sum(jnp.sum(value) for value in gradient.values())
-        usable = all_finite(total, g_own)
-
-        updated = self._updated(opt_state, gradient, estimate, g_own, loss)
-        refused = replace(opt_state, weights=replace(weights, skipped=weights.skipped + 1))
         divergence = sum(
             _ivon.kl_divergence(weights.loc[name], scales[name], opt_state.priors[name], settings.num_data)
             for name in scales
         )
+        # One sum, since XLA is slow at reducing what `isfinite` says of each element; ĥ is finite where ĝ is. With the
+        # divergence in it, all that reads m and h comes before they are overwritten, and no copy is made.
+        total = loss + divergence + sum(jnp.sum(value) for value in gradient.values())
+        usable = all_finite(total, g_own)
+
+        updated = self._updated(opt_state, gradient, estimate, g_own, loss)
+        refused = replace(opt_state, weights=replace(weights, skipped=weights.skipped + 1))
         loss = settings.num_data * loss + divergence
         return (loss, aux), (count + 1, select(usable, updated, refused))
 
