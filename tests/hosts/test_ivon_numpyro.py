@@ -205,6 +205,28 @@ def test_single_precision_stays_single_and_the_forward_pass_may_be_half(numpyro_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Modules
+
+
+def test_a_module_of_nnx_is_a_model():
+    """The mean comes to the coefficients of a line with little noise."""
+    nnx = pytest.importorskip("flax.nnx", reason="needs flax, of the extra `examples`")
+    from numpyro.contrib.module import random_nnx_module
+
+    def line(x, y):
+        net = random_nnx_module("net", nnx.Linear(2, 1, param_dtype=float, rngs=nnx.Rngs(0)), dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("y", dist.Normal(net(x)[:, 0], 0.1), obs=y)
+
+    x = np.random.default_rng(0).normal(size=(50, 2))
+    y = x @ np.array([1.0, -2.0]) + 0.5
+    result = make_svi(program=line).run(jax.random.key(0), 300, x, y, progress_bar=False)
+    assert result.losses[-50:].mean() < result.losses[:5].mean() - 1000
+    assert_allclose(result.params["net/kernel_auto_loc"][:, 0], [1.0, -2.0], atol=0.1)
+    assert_allclose(result.params["net/bias_auto_loc"], 0.5, atol=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Several devices
 
 
