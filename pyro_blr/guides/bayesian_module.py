@@ -136,6 +136,13 @@ class BayesianModule(torch.nn.Module):
         with self._placed(tensors):
             return self.module(*args, **kwargs)
 
+    def get_extra_state(self) -> dict[str, float]:
+        """m₀ of every part, which a module that starts elsewhere would choose differently; for `state_dict`."""
+        return {part.name: part.loc for part in self.parts}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.parts = [part._replace(loc=float(state[part.name])) for part in self.parts]
+
     @contextmanager
     def _placed(self, tensors: dict[str, Tensor]) -> Iterator[None]:
         """The module with these for its parameters; what `torch.func.functional_call` does, looked up once."""
@@ -255,6 +262,13 @@ class AutoWeights(AutoGuide):
         _check_optimizer()
         loc = self.loc  # noted by the handlers of SVI, for the optimizer
         return {self.net.name: pyro.sample(self.net.name, WeightsNormal(self, loc.detach()))}
+
+    def get_extra_state(self) -> dict[str, float]:
+        """m₀ of every part: with it, `state_dict` has all of q and of the prior."""
+        return self.net.get_extra_state()
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.net.set_extra_state(state)
 
     def scale(self) -> Tensor:
         """σ = √(τ / (N (h + δ))), [P]; `init_scale` before the first step."""

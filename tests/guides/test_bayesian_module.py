@@ -204,13 +204,24 @@ def test_copies_are_the_same_and_their_own(way):
         other = torch.load(saved, weights_only=False)
     else:
         other = BayesianModule(MODULES["layers"]())
+        assert other.parts != net.parts, "another start has other prior means of vectors"
         other.load_state_dict(net.state_dict())
+    assert other.parts == net.parts
     torch.testing.assert_close(
         other.apply_weights(other.weights, inputs()), net.apply_weights(net.weights, inputs()), rtol=0, atol=0
     )
     before = net.weights.clone()
     other.weights.zero_()
     assert torch.equal(net.weights, before)
+
+
+def test_the_state_of_a_guide_has_the_prior_means():
+    """In a process in which the module started elsewhere, too."""
+    nets = [BayesianModule(nn.Linear(2, 3)) for _ in range(2)]
+    guides = [AutoWeights(regression(net), net) for net in nets]
+    assert nets[0].parts != nets[1].parts
+    guides[1].load_state_dict(guides[0].state_dict())
+    assert nets[0].parts == nets[1].parts
 
 
 def test_predictions_with_the_guide_moved_by_ivon():
