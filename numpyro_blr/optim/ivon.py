@@ -200,17 +200,16 @@ class IVON(_NumPyroOptim):
         estimate = {name: _ivon.curvature(product[name], scales[name] ** -2, surrogate[name][1]) for name in slope}
         if self.axis_name is not None:
             loss, gradient, estimate, g_own = jax.lax.pmean((loss, gradient, estimate, g_own), self.axis_name)
-        divergence = sum(
-            _ivon.kl_divergence(weights.loc[name], scales[name], opt_state.priors[name], settings.num_data)
-            for name in scales
-        )
-        # One sum, since XLA is slow at reducing what `isfinite` says of each element; ĥ is finite where ĝ is. With the
-        # divergence in it, all that reads m and h comes before they are overwritten, and no copy is made.
-        total = loss + divergence + sum(jnp.sum(value) for value in gradient.values())
+        # one sum, since XLA is slow at reducing what `isfinite` says of each element; ĥ is finite where ĝ is
+        total = loss + sum(jnp.sum(value) for value in gradient.values())
         usable = all_finite(total, g_own)
 
         updated = self._updated(opt_state, gradient, estimate, g_own, loss)
         refused = replace(opt_state, weights=replace(weights, skipped=weights.skipped + 1))
+        divergence = sum(
+            _ivon.kl_divergence(weights.loc[name], scales[name], opt_state.priors[name], settings.num_data)
+            for name in scales
+        )
         loss = settings.num_data * loss + divergence
         return (loss, aux), (count + 1, select(usable, updated, refused))
 

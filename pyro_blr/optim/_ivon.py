@@ -280,5 +280,6 @@ def kl_divergence(loc: Tensor, scale: Tensor, prior: Prior, num_data: float) -> 
 
 def weighted_square(x: Tensor, weight: Tensor) -> Tensor:
     """Σ w x², of one weight for all or one for each."""
-    x = x.reshape(-1)
-    return weight * torch.dot(x, x) if weight.ndim == 0 else torch.dot(weight.reshape(-1) * x, x)
+    weighted, x = (x if weight.ndim == 0 else weight * x).reshape(-1), x.reshape(-1)
+    total = torch.dot(weighted, x)
+    return weight * total if weight.ndim == 0 else total

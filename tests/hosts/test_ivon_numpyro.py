@@ -22,6 +22,7 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMean
 from numpyro.infer.autoguide import AutoNormal  # noqa: E402
 
 from numpyro_blr import IVON  # noqa: E402
+from numpyro_blr.optim import _weights  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("numpyro_bridge")
 NUM_WORKERS = 4
@@ -202,6 +203,17 @@ def test_single_precision_stays_single_and_the_forward_pass_may_be_half(numpyro_
         for name, dtype in (("a", "float32"), ("b", "float64")):
             assert {leaf.dtype for leaf in jax.tree.leaves(values.get(name))} <= {jnp.dtype(dtype)}
     assert (weights.loc["a"] > 0).all() and (weights.loc["b"] > 0).all(), "both were moved towards the data"
+
+
+@pytest.mark.parametrize("size", [100, 1000])
+def test_noise_in_chunks_is_standard_normal(monkeypatch, size):
+    """Less than a chunk, and many with a rest: as many numbers as asked for, none of them twice."""
+    monkeypatch.setattr(_weights, "CHUNK", 128)
+    noise = np.asarray(_weights.normals(jax.random.key(0), size, "float64"))
+    assert noise.shape == (size,)
+    assert len(np.unique(noise)) == size
+    assert abs(noise.mean()) < 4 / size**0.5
+    assert abs((noise**2).mean() - 1) < 4 * (2 / size) ** 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
