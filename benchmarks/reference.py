@@ -2,10 +2,13 @@
 
     python benchmarks/reference.py --data DIR [--host numpyro|pyro|both] [--posteriors NAME ...]
         [--guides "mean field" "full rank"] [--methods NAME ...] [--seeds 5] [--steps 100] [--adam-steps 10000]
-        [--pyro-adam-steps 2000] [--json FILE] [--markdown FILE] [--figure FILE] [--quick]
+        [--pyro-adam-steps 2000] [--keep DIR] [--json FILE] [--markdown FILE] [--figure FILE] [--quick]
 
-DIR has the posteriors as JSON files (`_posteriors.py`). The methods, all in float64, each seed from the stock guide's
-own start, uniform in (−2, 2) in the unconstrained space with scale 0.1:
+DIR has the posteriors as JSON files (`_posteriors.py`). A pair of a posterior and a guide takes minutes: with `--keep`
+its fits are left in that folder, and a run that was stopped goes on from there.
+
+The methods, all in float64, each seed from the stock guide's own start, uniform in (−2, 2) in the unconstrained space
+with scale 0.1:
 
 - `BLR()`: in the stock SVI, with AutoNormal (mean field) or AutoMultivariateNormal (full rank) and Trace_ELBO.
 - `Adam`, `ClippedAdam`: the host's, the same otherwise, at the rates 0.1, 0.03, 0.01 and 0.003 with 1 and with 10
@@ -33,12 +36,15 @@ import argparse
 import importlib
 import importlib.util
 import json
+import pickle
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import _posteriors
 import _report
-from _fits import GUIDES, Budget
+from _fits import GUIDES, Budget, Fit
+from _posteriors import Posterior
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -68,9 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         for guide in options.guides:
             for host in hosts:
-                module = importlib.import_module(f"_methods_{host}")
                 with console.status("") as status:
-                    for fit in module.fits(posterior, guide, options.methods, budget(options, host)):
+                    for fit in fits_of(posterior, guide, host, options):
                         fits.append(fit)
                         status.update(f"{posterior.name}, {guide}, {host}: {fit.setting}")
 
@@ -83,6 +88,29 @@ def main(arguments: list[str] | None = None) -> None:
         options.json.write_text(json.dumps(_report.record(comparisons), indent=1))
     if options.figure:
         _report.draw(comparisons).savefig(options.figure, dpi=120)
+
+
+def fits_of(posterior: Posterior, guide: str, host: str, options: argparse.Namespace) -> Iterator[Fit]:
+    """Of every method, one after the other; with `--keep` those that an earlier run of the same kind has left.
+
+    Raises:
+        ValueError: what is kept is of other methods or of another budget.
+    """
+    wanted = (tuple(options.methods), budget(options, host))
+    file = options.keep and options.keep / f"{posterior.name}, {guide}, {host}.pickle"
+    if file and file.exists():
+        made, fits = pickle.loads(file.read_bytes())
+        if made != wanted:
+            raise ValueError(f"{file} has the fits of {made}, wanted are those of {wanted}: name another --keep")
+        yield from fits
+        return
+    fits = []
+    for fit in importlib.import_module(f"_methods_{host}").fits(posterior, guide, options.methods, wanted[1]):
+        fits.append(fit)
+        yield fit
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(pickle.dumps((wanted, fits)))
 
 
 def budget(options: argparse.Namespace, host: str) -> Budget:
@@ -123,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=100, help="of BLR")
     parser.add_argument("--adam-steps", type=int, default=10_000, help="in NumPyro, and gradients of score matching")
     parser.add_argument("--pyro-adam-steps", type=int, default=2000, help="in Pyro, with one particle")
+    parser.add_argument("--keep", type=Path, help="a folder for the fits of each pair, from which a later run goes on")
     parser.add_argument("--json", type=Path, help="also write the figures, setting by setting, to this file")
     parser.add_argument("--markdown", type=Path, help="also write what is printed to this file")
     parser.add_argument("--figure", type=Path, help="draw the gaps to this file")

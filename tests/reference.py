@@ -231,7 +231,7 @@ def step(
     Args:
         estimate_fn: (loc, factor) -> `Estimate`.
         draws: all ε of the step, [S, D], at which the search evaluates its proposals.
-        minibatch: whether a gradient opposed to the last one counts as noise.
+        minibatch: whether a gradient opposed to the last one counts as noise in any case, and not inside V alone.
     """
     diagonal = state.precision.ndim == 1
     estimate = estimate_fn(state.loc, factor_of(state.precision, parts, fixed_scale, state.radius))
@@ -252,16 +252,16 @@ def step(
         return replace(state, loc=loc, precision=precision, radius=radius), Events(1, reflected, False, True)
 
     covariance = np.linalg.inv(as_matrix(state.precision))
-    noisy = inside_noise(estimate, covariance)
-    if minibatch and state.last_gradient is not None:
-        noisy = noisy or bool(estimate.gradient @ covariance @ state.last_gradient < 0)
+    opposed = state.last_gradient is not None and bool(estimate.gradient @ covariance @ state.last_gradient < 0)
+    noisy = opposed and (minibatch or inside_noise(estimate, covariance))
     state = replace(state, last_gradient=estimate.gradient)
     noisy_steps = state.noisy_steps + noisy
     first = tried = min(state.rate, 2 / (noisy_steps + 2))
     for tries in range(1, 9):
         loc, precision, reflected = propose(tried)
         factor = factor_of(precision, parts, fixed_scale, state.radius)
-        if not_worse(estimate.losses, losses_at(problem, loc, factor, parts, draws)):
+        most = estimate.gradient @ covariance @ estimate.gradient + len(loc)
+        if not_worse(estimate.losses, losses_at(problem, loc, factor, parts, draws), most):
             next_rate = min(1.0, 1.7 * tried) if tries == 1 else tried
             state = replace(state, rate=next_rate, taken=tried, noisy_steps=noisy_steps)
             return replace(state, loc=loc, precision=precision, radius=radius), Events(tries, reflected, noisy, True)
@@ -278,13 +278,13 @@ def inside_noise(estimate: Estimate, covariance: np.ndarray) -> bool:
     return bool(estimate.gradient @ covariance @ estimate.gradient < 2 * variance)
 
 
-def not_worse(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether the mean paired difference is at most its standard error, plus 64 units of rounding."""
+def not_worse(before: np.ndarray, after: np.ndarray, most: float) -> bool:
+    """Whether the mean paired difference is at most its standard error, or `most`, plus 64 units of rounding."""
     num_pairs = len(before) // 2
     change = ((after - before)[:num_pairs] + (after - before)[num_pairs:]) / 2
     standard_error = change.std(ddof=1) / num_pairs**0.5
     rounding = 64 * np.finfo(np.float64).eps * np.abs(before).mean()
-    return bool(np.isfinite(after).all() and change.mean() <= standard_error + rounding)
+    return bool(np.isfinite(after).all() and change.mean() <= min(standard_error, most) + rounding)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ DIFFERENCES = {
         # arrays under a tracer are selected, concrete ones are looked at
         "__all__", "all_finite", "field_of", "losses_at", "select",
     },
-    "optim/_recycled.py": {"_Place", "_Search"},  # a loop of one program in JAX looks at the start as at a proposal
+    "optim/_recycled.py": {"_Search"},  # a loop of one program in JAX looks at the start as at a proposal
     "optim/_rate.py": {"not_worse"},  # JAX says which pairs of an array of a fixed size are there
     "optim/_ivon.py": {
         # tensors are written in place, and a part of a network is several of them

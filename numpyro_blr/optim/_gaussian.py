@@ -111,13 +111,13 @@ def step(
 
     residual, error = _rate.residual_and_error(estimate, state.precision)
     if learning_rate is None:
-        noisy = (residual < _rate.NOISE_RATIO * error) | (
-            jnp.asarray(estimate.extras.minibatch) & _rate.opposed(estimate, state.precision, state.rate.last_gradient)
-        )
+        noisy = (residual < _rate.NOISE_RATIO * error) | jnp.asarray(estimate.extras.minibatch)
+        noisy &= _rate.opposed(estimate.gradient, state.precision, state.rate.last_gradient)
         rate, (loc, precision), moved, proposals = _rate.search(
             state.rate,
             jnp.where(usable, estimate.losses, jnp.nan),  # a step that is refused makes no proposals
             noisy,
+            residual + len(state.loc),
             estimate.gradient,
             propose_and_evaluate,
         )

@@ -2,13 +2,15 @@
 
 One step, given the estimate (g, H) at K antithetic pairs of draws and their losses:
 
-1. Inside the noise? With residual r² = gᵀ S⁻¹ g (the natural gradient's Fisher norm) and V its Monte Carlo variance
-   from the spread over pairs, a step with r² < 2 V moves by noise and not by progress. The n-th such step caps the
-   rate at 2 / (n + 2), which averages the noise away (Robbins & Monro 1951); steps that still make progress do not
-   lower the cap, however many they are. All draws of a step share one minibatch, whose noise V does not show: where
-   a plate is subsampled, a natural gradient opposed to the last one counts as well (Pflug 1990).
+1. Noise or progress? With residual r² = gᵀ S⁻¹ g (the natural gradient's Fisher norm) and V its Monte Carlo variance
+   from the spread over pairs, a step with r² < 2 V is inside its noise. If it also takes back what the last one did,
+   gᵀ S⁻¹ g_last < 0 (Pflug 1990), the n-th such step caps the rate at 2 / (n + 2), which averages the noise away
+   (Robbins & Monro 1951). Steps that go on in one direction make progress, however noisy, and do not lower the cap.
+   All draws of a step share one minibatch, whose noise V does not show: where a plate is subsampled, taking back is
+   enough.
 2. Propose with rate ρ; evaluate the loss of the proposal *at the same noise*. Accept it unless it is worse by more
-   than one standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients.
+   than one standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients. Of
+   a few pairs of which one exploded the standard error is as large as the mean: more than r² + D nats are no noise.
 3. Accepted at once: ρ ← min(1, 1.7 ρ) for the next step.
 
 `_recycled.py` has a search of its own, in which proposals may need no evaluation; the rules of this file are its, too.
@@ -29,7 +31,7 @@ from jax import Array, lax
 from ..families import Precision
 from ..gradients import Estimate
 
-__all__ = ["RateState", "init", "next_rate", "not_worse", "residual_and_error", "search", "squared_norm"]
+__all__ = ["RateState", "init", "next_rate", "not_worse", "opposed", "residual_and_error", "search", "squared_norm"]
 
 CUT, GROW, MAX_PROPOSALS = 0.4, 1.7, 8
 NOISE_RATIO = 2.0
@@ -43,7 +45,7 @@ class RateState:
     Attributes:
         rate: the rate that the next step tries first, if its cap lets it.
         taken: ρ of the last step that was accepted; NaN before the first.
-        noisy_steps: n, steps so far whose residual was inside its own Monte Carlo error.
+        noisy_steps: n, steps so far that were inside their Monte Carlo error and took back what the last one did.
         rejected: steps so far of which no proposal was accepted.
         last_gradient: E_q[g] of the step before, [D]; a direction in λ for a member of another family.
     """
@@ -72,13 +74,19 @@ def init(loc: Array) -> RateState:
 
 
 def search(
-    state: RateState, losses: Array, noisy: Array, gradient: Any, propose: Callable[[Array], tuple[Any, Array]]
+    state: RateState,
+    losses: Array,
+    noisy: Array,
+    most: Array,
+    gradient: Any,
+    propose: Callable[[Array], tuple[Any, Array]],
 ) -> tuple[RateState, Any, Array, Array]:
     """The accepted proposal.
 
     Args:
         losses: [S], where the step starts.
         noisy: whether the natural gradient tells nothing but noise.
+        most: nats that may count as noise of the losses, r² + D.
         gradient: kept for the next step.
         propose: rate -> (proposal, losses [S] of the proposal at the same draws).
 
@@ -94,7 +102,7 @@ def search(
         tries, rate, _, _ = carry
         rate = jnp.where(tries == 0, rate, CUT * rate)
         proposal, proposed = propose(rate)
-        return tries + 1, rate, proposal, not_worse(_by_pair(losses), _by_pair(proposed), every_pair)
+        return tries + 1, rate, proposal, not_worse(_by_pair(losses), _by_pair(proposed), most, every_pair)
 
     # `propose` is traced once, inside the loop; the placeholder only gives the carry its shape.
     placeholder = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(propose, first_rate)[0])
@@ -128,16 +136,17 @@ def residual_and_error(estimate: Estimate, precision: Precision) -> tuple[Array,
     return squared_norm(estimate.gradient, precision), error
 
 
-def opposed(estimate: Estimate, precision: Precision, last_gradient: Array) -> Array:
+def opposed(gradient: Array, precision: Precision, last_gradient: Array) -> Array:
     """gᵀ S⁻¹ g_last < 0: whether this step takes back what the last one did."""
-    return estimate.gradient @ precision.solve(last_gradient) < 0
+    return gradient @ precision.solve(last_gradient) < 0
 
 
-def not_worse(before: Array, after: Array, taken: Array) -> Array:
+def not_worse(before: Array, after: Array, most: Array, taken: Array) -> Array:
     """Whether the mean paired difference is at most its standard error, and rounding where there is none.
 
     Args:
         before, after: losses at antithetic pairs, [K, 2].
+        most: that the standard error counts for.
         taken: [K], which of the pairs are there.
     """
     num_pairs = taken.sum().astype(before.dtype)
@@ -149,7 +158,7 @@ def not_worse(before: Array, after: Array, taken: Array) -> Array:
     error = (mean((change - mean(change)) ** 2) / jnp.maximum(num_pairs - 1, 1)) ** 0.5
     rounding = 64 * jnp.finfo(before.dtype).eps * mean(jnp.abs(before).mean(1))
     finite = jnp.where(taken, jnp.isfinite(after).all(1), True).all()
-    return finite & (mean(change) <= error + rounding)
+    return finite & (mean(change) <= jnp.minimum(error, most) + rounding)
 
 
 def _by_pair(losses: Array) -> Array:

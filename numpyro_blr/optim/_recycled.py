@@ -11,10 +11,18 @@ One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.p
    tenth of their own error: no evaluation of the model. They run along the slow directions of the fixed-point map
    (the scale of a hierarchy and what it scales), which would cost a stochastic step each.
 
-The n-th step whose natural gradient is inside its error caps the rate at 2 / (n + 2) as in `_rate.py`, times the draws
-that the pool is worth over the draws of a step: where the pool averages the noise away, the rate need not. Only beyond
-r² = 1e12 may the mean, and the mean alone, move further than a Newton step, which on the slope of an exponential is one
-unit: a start at a log density of −1e100 would take as many steps as it has powers of e.
+The n-th step that is noise by the rule of `_rate.py` caps the rate at 2 / (n + 2), times the draws that the pool is
+worth over the draws of a step: where the pool averages the noise away, the rate need not.
+
+*Far* from everything, where r² > 1e12 at a loss L = E_q[ℓ] > 0, another step is tried too. A step of the rule is exact
+on a quadratic, but on the slope of an exponential it is one unit, and from a log density of −1e100 there is one for
+every power of e. The other goes down log L, and starts anew there:
+
+    m ← m − ρ P⁻¹ ĝ/L,    P = 100 I + Ĥ/L − (ĝ/L)(ĝ/L)ᵀ, reflected as in the rule,    S ← 100 I
+
+with a ρ that may grow beyond 1; its trust region, 100 I, is the precision at which the stock guides start. The one
+whose mean has the smaller loss is taken. After the other the next draws are drawn closer to m, since those far from it
+are all that is seen of such a density.
 """
 
 from __future__ import annotations
@@ -26,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..families import Block, Precision
+from ..families import Block, DensePrecision, Precision
 from ..gradients import Draws, Objective, hessians_at, recycled
 from . import _rate
 from ._gaussian import State, all_finite, scales_of, select
@@ -37,7 +45,8 @@ MAX_NUMBERS = 2**22  # of the Hessians that are kept
 MAX_PAIRS = 256
 COVERED = 16.0
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
-FAR = 1e12  # r²
+FAR, TRUST = 1e12, 100.0  # r²; a precision
+NARROWER, NARROWEST = 1 / 16, 1 / 256  # of the radius
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +77,7 @@ class _Search(NamedTuple):
         start: where it started.
         first_rate: of the first proposal; `rate` is that of the next one.
         proposals: made so far until one was taken; `inner` steps since.
+        before, by_rule: far away, the loss close around the mean of `start`, and around that of a step of the rule.
         looked: whether `start` is known; `taken`: whether a proposal was.
         going: whether to go on.
     """
@@ -78,19 +88,41 @@ class _Search(NamedTuple):
     rate: Array
     proposals: Array
     inner: Array
+    before: Array
+    by_rule: Array
     looked: Array
     taken: Array
     going: Array
 
 
 class _Place(NamedTuple):
-    """A Gaussian, the pool's estimate there, and r² and V of it."""
+    """A Gaussian and the pool's estimate there, with r², V and L = E_q[ℓ]/τ."""
 
     loc: Array
     precision: Precision
     moments: recycled.Moments
     residual: Array
     error: Array
+    loss: Array
+
+    @property
+    def far(self) -> Array:
+        return (self.residual > FAR) & (self.loss > 0)
+
+    @property
+    def noisy(self) -> Array:
+        return ~self.far & (self.residual < _rate.NOISE_RATIO * self.error)
+
+    def step(self, rate: Array, downhill: Array) -> tuple[Array, Precision]:
+        """(m, S) after a step of the rule, or down log L."""
+        gradient, hessian = self.moments.gradient, self.moments.hessian
+        slope = gradient / self.loss
+        curvature = hessian / self.loss - jnp.outer(slope, slope)
+        trust = DensePrecision(TRUST * jnp.eye(len(gradient), dtype=gradient.dtype))
+        before = select(downhill, trust, self.precision)
+        precision = before.blend(jnp.where(downhill, curvature, hessian), jnp.where(downhill, 0.5, rate))
+        direction = precision.solve(jnp.where(downhill, slope / 2, gradient))
+        return self.loc - rate * direction, select(downhill, trust, precision)
 
 
 def step(
@@ -117,37 +149,54 @@ def step(
     num_drawn, pool, losses, usable = _fresh(state, objective, blocks, noise, temperature, forward)
     fresh = jnp.arange(max_pairs, dtype=jnp.int32) < recycling.num_pairs
 
-    def noisy_and_first_rate(start: _Place) -> tuple[Array, Array]:
-        noisy = start.residual < _rate.NOISE_RATIO * start.error
-        cap = _cap(state.rate.noisy_steps + noisy.astype(jnp.int32), start.moments.effective, recycling.num_pairs)
-        return noisy, jnp.minimum(state.rate.rate, jnp.where(start.residual > FAR, jnp.inf, cap))
+    def noisy_steps_of(start: _Place) -> Array:
+        opposed = _rate.opposed(start.moments.gradient, start.precision, state.rate.last_gradient)
+        return state.rate.noisy_steps + (start.noisy & opposed).astype(jnp.int32)
+
+    def first_rate_of(start: _Place) -> Array:
+        cap = _cap(noisy_steps_of(start), start.moments.effective, recycling.num_pairs)
+        return jnp.minimum(state.rate.rate, jnp.where(start.far, jnp.inf, cap))
 
     def attempt(search: _Search) -> _Search:
         """One turn; the first has a rate of zero, and so looks at the start: the estimate is compiled but once."""
         here, looked, taken = search.here, search.looked, search.taken
-        rate = jnp.where(taken, INNER_RATE, search.rate)
-        precision = here.precision.blend(here.moments.hessian, jnp.minimum(1, rate))
-        loc = here.loc - rate * precision.solve(here.moments.gradient)
+        far, number = looked & search.start.far, search.proposals
+        downhill = far & (number != 0) & (number != 2)
+        rate = jnp.where(taken, INNER_RATE, jnp.where(far & ~downhill, 1, search.rate))
+        loc, precision = here.step(rate, downhill)
         scales = scales_of(precision, blocks, state.radius)
         moments = recycled.moments(pool, blocks, loc, scales)
         residual = _rate.squared_norm(moments.gradient, precision)
-        there = _Place(loc, precision, moments, residual, recycled.squared_error(moments, precision))
-        covered = moments.effective >= jnp.maximum(COVERED, here.moments.effective / 2)
+        error = recycled.squared_error(moments, precision)
+        there = _Place(loc, precision, moments, residual, error, (moments.weights * pool.values).sum())
+        covered = ~far & (moments.effective >= jnp.maximum(COVERED, here.moments.effective / 2))
 
-        def not_worse() -> Array:
-            return _rate.not_worse(losses, _losses(objective, loc, scales, noise, recycling.num_pairs), fresh)
+        def judged() -> tuple[Array, Array, Array, Array]:
+            first = far & (number == 0)
+            close = select(far, scales_of(here.precision, blocks, jnp.asarray(NARROWEST, dtype)), scales)
+            after, at_start = _losses(objective, (loc, here.loc), first, close, noise, recycling.num_pairs)
+            now = jnp.where(jnp.isfinite(after).all(), after.sum(), jnp.inf)
+            before, by_rule = jnp.where(first, at_start.sum(), search.before), jnp.where(first, now, search.by_rule)
+            lower = ~first & (now < before)
+            most = search.start.residual + len(loc)
+            better = jnp.where(
+                far, lower & ((number != 1) | (now < by_rule)), _rate.not_worse(losses, after, most, fresh)
+            )
+            return better, lower, before, by_rule
 
-        needless = covered | taken | ~looked
-        accepted = covered | lax.cond(needless, lambda: jnp.zeros((), bool), not_worse)
-        accepted = (accepted & all_finite(loc, precision, moments.gradient)) | ~looked
+        unjudged = jnp.zeros((), bool), jnp.zeros((), bool), search.before, search.by_rule
+        better, lower, before, by_rule = lax.cond(covered | taken | ~looked, lambda: unjudged, judged)
+        accepted = ((covered | better) & all_finite(loc, precision, moments.gradient)) | ~looked
         proposals = search.proposals + (looked & ~taken).astype(jnp.int32)
         inner = search.inner + taken.astype(jnp.int32)
         settled = taken & (here.residual < SETTLED * here.error)
         again = jnp.where(
             accepted, covered & ~settled & (inner < MAX_INNER), ~taken & (proposals < _rate.MAX_PROPOSALS)
         )
-        _, first_rate = noisy_and_first_rate(there)
-        next_rate = jnp.where(accepted | taken, search.rate, _rate.CUT * search.rate)
+        first_rate = first_rate_of(there)
+        # a step downhill that is but too short is the longer next time
+        factor = jnp.where(downhill & lower, _rate.GROW, jnp.where(far & ~downhill, 1, _rate.CUT))
+        next_rate = jnp.where(accepted | taken, 1, factor) * search.rate
         return _Search(
             here=select(accepted, there, here),
             start=select(looked, search.start, there),
@@ -155,29 +204,32 @@ def step(
             rate=jnp.where(looked, next_rate, first_rate),
             proposals=proposals,
             inner=inner,
+            before=before,
+            by_rule=by_rule,
             looked=jnp.ones((), bool),
             taken=looked & (taken | accepted),
             going=again | ~looked,
         )
 
     nothing, none, no = jnp.zeros((), dtype), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-    here = _Place(state.loc, state.precision, _unknown(pool), state.residual, state.error)
+    here = _Place(state.loc, state.precision, _unknown(pool), state.residual, state.error, jnp.ones((), dtype))
     end = lax.while_loop(
         lambda search: search.going,
         attempt,
-        _Search(here, here, nothing, nothing, none, none, no, no, going=usable),
+        _Search(here, here, nothing, nothing, none, none, nothing, nothing, no, no, going=usable),
     )
 
     start = end.start
-    noisy, _ = noisy_and_first_rate(start)
-    more = usable & (noisy | (end.proposals > 1) | ~end.taken)
+    tries = end.proposals - start.far.astype(jnp.int32)  # at the rate that is searched
+    downhill = usable & start.far & ~(end.taken & (end.proposals == 3))
+    more = usable & (start.noisy | (tries > 1) | ~end.taken)
     num_pairs = jnp.where(more, jnp.minimum(max_pairs, 2 * recycling.num_pairs), recycling.num_pairs)
-    num_draws = (2 * num_drawn).astype(dtype)
-    longest = jnp.where(start.residual > FAR, jnp.inf, 1)
-    rate = _rate.next_rate(end.rate, end.first_rate, end.taken, end.proposals, longest)
-    noisy_steps = state.rate.noisy_steps + noisy.astype(jnp.int32)
-    rates = state.rate.after(rate, end.rate, noisy_steps, start.moments.gradient, end.taken)
-    radius = jnp.where(end.taken, jnp.minimum(1, 2 * state.radius), jnp.where(usable, 1, 0.5) * state.radius)
+    num_draws, num_losses = (2 * num_drawn).astype(dtype), end.proposals + (usable & start.far).astype(jnp.int32)
+    rate = _rate.next_rate(end.rate, end.first_rate, end.taken, tries, jnp.where(downhill, jnp.inf, 1))
+    rate = jnp.where(start.far, jnp.maximum(1, rate), rate)
+    rates = state.rate.after(rate, end.rate, noisy_steps_of(start), start.moments.gradient, end.taken)
+    radius = jnp.where(usable, jnp.minimum(1, 2 * state.radius), state.radius / 2)
+    radius = jnp.where(downhill, jnp.maximum(NARROWER * state.radius, NARROWEST), radius)
     after = replace(  # where nothing was taken, `end.here` is the start
         state,
         loc=end.here.loc,
@@ -186,7 +238,7 @@ def step(
         rate=select(usable, rates, state.rate),
         radius=radius,
         skipped=state.skipped + (~usable).astype(jnp.int32),
-        evaluations=state.evaluations + num_draws * (len(state.loc) + 1 + end.proposals.astype(dtype)),
+        evaluations=state.evaluations + num_draws * (len(state.loc) + 1 + num_losses.astype(dtype)),
         residual=start.residual,
         error=start.error,
     )
@@ -242,14 +294,25 @@ def _unknown(pool: recycled.Pool) -> recycled.Moments:
     )
 
 
-def _losses(objective: Objective, loc: Array, scales: tuple[Any, ...], noise: Array, num_pairs: Array) -> Array:
-    """L at this step's draws, [K, 2]."""
+def _losses(
+    objective: Objective,
+    locs: tuple[Array, Array],
+    both: Array,
+    scales: tuple[Any, ...],
+    noise: Array,
+    num_pairs: Array,
+) -> Array:
+    """L at this step's draws around the first mean, or around both, [2, K, 2]; compiled but once."""
+    means = jnp.stack(locs)
 
-    def at_pair(number: Array, losses: Array) -> Array:
-        pair = jax.vmap(lambda draw: objective(loc, scales, {}, draw)[0])(Draws.at(_pair(noise[number])))
-        return lax.dynamic_update_index_in_dim(losses, pair, number, 0)
+    def at_pair(count: Array, losses: Array) -> Array:
+        place, number = count // num_pairs, count % num_pairs
+        draws = Draws.at(_pair(noise[number]))
+        pair = jax.vmap(lambda draw: objective(means[place], scales, {}, draw)[0])(draws)
+        return losses.at[place, number].set(pair)
 
-    return lax.fori_loop(0, num_pairs, at_pair, jnp.zeros((len(noise), 2), loc.dtype))
+    nothing = jnp.zeros((2, len(noise), 2), means.dtype)
+    return lax.fori_loop(0, jnp.where(both, 2, 1) * num_pairs, at_pair, nothing)
 
 
 def _pair(noise: Array) -> Array:

@@ -339,9 +339,10 @@ def _drawn_step(
         return direction.inner(natural.fisher_product(direction)).sum()
 
     spread = jax.vmap(lambda one: squared_norm(one - direction))(by_draw).sum()
-    noisy = squared_norm(direction) < _rate.NOISE_RATIO * spread / (design.num_draws * (design.num_draws - 1))
+    residual, variance = squared_norm(direction), spread / (design.num_draws * (design.num_draws - 1))
+    noisy, most = residual < _rate.NOISE_RATIO * variance, residual + natural.flat().size
     before = _by_draw(design, losses) - entropy(natural)
-    state, proposed, accepted, _ = _rate.search(state, before, noisy, direction, propose)
+    state, proposed, accepted, _ = _rate.search(state, before, noisy, most, direction, propose)
     return state, proposed.where(jnp.broadcast_to(accepted, natural.batch_shape), natural)
 
 

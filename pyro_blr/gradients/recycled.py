@@ -138,9 +138,9 @@ def moments(pool: Pool, blocks: tuple[Block, ...], loc: Tensor, scales: tuple[An
     if effective > REGULAR * size:
         mean = torch.einsum("kp,kpi->i", weights, noise)
         centred, identity = noise - mean, torch.eye(size, dtype=loc.dtype, device=loc.device)
-        covariance = _second_moment(weights, centred)
-        slopes = torch.linalg.solve(covariance, centred.reshape(-1, size).T).T.reshape(noise.shape)  # M⁻¹ c_j
-        if mean @ torch.linalg.solve(covariance, mean) < MAX_SHIFT:
+        factor, singular = torch.linalg.cholesky_ex(_second_moment(weights, centred))
+        slopes = torch.cholesky_solve(centred.reshape(-1, size).T, factor).T.reshape(noise.shape)  # M⁻¹ c_j
+        if not singular and mean @ torch.cholesky_solve(mean[:, None], factor)[:, 0] < MAX_SHIFT:
             regressed = weights * (1 - slopes @ mean)
             excess = slopes @ (identity - _second_moment(regressed, noise))
 

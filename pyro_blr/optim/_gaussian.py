@@ -113,11 +113,10 @@ def step(
 
     residual, error = _rate.residual_and_error(estimate, state.precision)
     if learning_rate is None:
-        noisy = residual < _rate.NOISE_RATIO * error or (
-            estimate.extras.minibatch and _rate.opposed(estimate, state.precision, state.rate.last_gradient)
-        )
+        noisy = residual < _rate.NOISE_RATIO * error or estimate.extras.minibatch
+        noisy = noisy and _rate.opposed(estimate.gradient, state.precision, state.rate.last_gradient)
         rate, (loc, precision), moved, proposals = _rate.search(
-            state.rate, estimate.losses, noisy, estimate.gradient, propose_and_evaluate
+            state.rate, estimate.losses, noisy, residual + len(state.loc), estimate.gradient, propose_and_evaluate
         )
     else:
         rate, (loc, precision), proposals = state.rate, propose(learning_rate), 0

@@ -2,13 +2,15 @@
 
 One step, given the estimate (g, H) at K antithetic pairs of draws and their losses:
 
-1. Inside the noise? With residual r² = gᵀ S⁻¹ g (the natural gradient's Fisher norm) and V its Monte Carlo variance
-   from the spread over pairs, a step with r² < 2 V moves by noise and not by progress. The n-th such step caps the
-   rate at 2 / (n + 2), which averages the noise away (Robbins & Monro 1951); steps that still make progress do not
-   lower the cap, however many they are. All draws of a step share one minibatch, whose noise V does not show: where
-   a plate is subsampled, a natural gradient opposed to the last one counts as well (Pflug 1990).
+1. Noise or progress? With residual r² = gᵀ S⁻¹ g (the natural gradient's Fisher norm) and V its Monte Carlo variance
+   from the spread over pairs, a step with r² < 2 V is inside its noise. If it also takes back what the last one did,
+   gᵀ S⁻¹ g_last < 0 (Pflug 1990), the n-th such step caps the rate at 2 / (n + 2), which averages the noise away
+   (Robbins & Monro 1951). Steps that go on in one direction make progress, however noisy, and do not lower the cap.
+   All draws of a step share one minibatch, whose noise V does not show: where a plate is subsampled, taking back is
+   enough.
 2. Propose with rate ρ; evaluate the loss of the proposal *at the same noise*. Accept it unless it is worse by more
-   than one standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients.
+   than one standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients. Of
+   a few pairs of which one exploded the standard error is as large as the mean: more than r² + D nats are no noise.
 3. Accepted at once: ρ ← min(1, 1.7 ρ) for the next step.
 
 `_recycled.py` has a search of its own, in which proposals may need no evaluation; the rules of this file are its, too.
@@ -29,7 +31,7 @@ from torch import Tensor
 from ..families import Precision
 from ..gradients import Estimate
 
-__all__ = ["RateState", "init", "next_rate", "not_worse", "residual_and_error", "search", "squared_norm"]
+__all__ = ["RateState", "init", "next_rate", "not_worse", "opposed", "residual_and_error", "search", "squared_norm"]
 
 CUT, GROW, MAX_PROPOSALS = 0.4, 1.7, 8
 NOISE_RATIO = 2.0
@@ -42,7 +44,7 @@ class RateState:
     Attributes:
         rate: the rate that the next step tries first, if its cap lets it.
         taken: ρ of the last step that was accepted; NaN before the first.
-        noisy_steps: n, steps so far whose residual was inside its own Monte Carlo error.
+        noisy_steps: n, steps so far that were inside their Monte Carlo error and took back what the last one did.
         rejected: steps so far of which no proposal was accepted.
         last_gradient: E_q[g] of the step before, [D].
     """
@@ -65,13 +67,19 @@ def init(loc: Tensor) -> RateState:
 
 
 def search(
-    state: RateState, losses: Tensor, noisy: bool, gradient: Any, propose: Callable[[float], tuple[Any, Tensor]]
+    state: RateState,
+    losses: Tensor,
+    noisy: bool,
+    most: float,
+    gradient: Any,
+    propose: Callable[[float], tuple[Any, Tensor]],
 ) -> tuple[RateState, Any, bool, int]:
     """The accepted proposal.
 
     Args:
         losses: [S], where the step starts.
         noisy: whether the natural gradient tells nothing but noise.
+        most: nats that may count as noise of the losses, r² + D.
         gradient: kept for the next step.
         propose: rate -> (proposal, losses [S] of the proposal at the same draws).
 
@@ -84,7 +92,7 @@ def search(
     while not accepted and tries < MAX_PROPOSALS:
         rate = rate if tries == 0 else CUT * rate
         proposal, proposed = propose(rate)
-        accepted, tries = not_worse(_by_pair(losses), _by_pair(proposed)), tries + 1
+        accepted, tries = not_worse(_by_pair(losses), _by_pair(proposed), most), tries + 1
     following = next_rate(rate, first_rate, accepted, tries)
     next_state = state.after(following, rate, noisy_steps, gradient, accepted)
     return next_state, proposal, accepted, tries
@@ -111,22 +119,23 @@ def residual_and_error(estimate: Estimate, precision: Precision) -> tuple[float,
     return float(squared_norm(estimate.gradient, precision)), error
 
 
-def opposed(estimate: Estimate, precision: Precision, last_gradient: Tensor) -> bool:
+def opposed(gradient: Tensor, precision: Precision, last_gradient: Tensor) -> bool:
     """gᵀ S⁻¹ g_last < 0: whether this step takes back what the last one did."""
-    return bool(estimate.gradient @ precision.solve(last_gradient) < 0)
+    return bool(gradient @ precision.solve(last_gradient) < 0)
 
 
-def not_worse(before: Tensor, after: Tensor) -> bool:
+def not_worse(before: Tensor, after: Tensor, most: float) -> bool:
     """Whether the mean paired difference is at most its standard error, and rounding where there is none.
 
     Args:
         before, after: losses at antithetic pairs, [K, 2].
+        most: that the standard error counts for.
     """
     num_pairs = len(before)
     change = (after - before).mean(1)
     error = change.std(correction=0) / max(num_pairs - 1, 1) ** 0.5
     rounding = 64 * torch.finfo(before.dtype).eps * before.abs().mean()
-    return bool(after.isfinite().all() & (change.mean() <= error + rounding))
+    return bool(after.isfinite().all() & (change.mean() <= error.clamp(max=most) + rounding))
 
 
 def _by_pair(losses: Tensor) -> Tensor:

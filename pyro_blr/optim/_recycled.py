@@ -11,10 +11,18 @@ One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.p
    tenth of their own error: no evaluation of the model. They run along the slow directions of the fixed-point map
    (the scale of a hierarchy and what it scales), which would cost a stochastic step each.
 
-The n-th step whose natural gradient is inside its error caps the rate at 2 / (n + 2) as in `_rate.py`, times the draws
-that the pool is worth over the draws of a step: where the pool averages the noise away, the rate need not. Only beyond
-r² = 1e12 may the mean, and the mean alone, move further than a Newton step, which on the slope of an exponential is one
-unit: a start at a log density of −1e100 would take as many steps as it has powers of e.
+The n-th step that is noise by the rule of `_rate.py` caps the rate at 2 / (n + 2), times the draws that the pool is
+worth over the draws of a step: where the pool averages the noise away, the rate need not.
+
+*Far* from everything, where r² > 1e12 at a loss L = E_q[ℓ] > 0, another step is tried too. A step of the rule is exact
+on a quadratic, but on the slope of an exponential it is one unit, and from a log density of −1e100 there is one for
+every power of e. The other goes down log L, and starts anew there:
+
+    m ← m − ρ P⁻¹ ĝ/L,    P = 100 I + Ĥ/L − (ĝ/L)(ĝ/L)ᵀ, reflected as in the rule,    S ← 100 I
+
+with a ρ that may grow beyond 1; its trust region, 100 I, is the precision at which the stock guides start. The one
+whose mean has the smaller loss is taken. After the other the next draws are drawn closer to m, since those far from it
+are all that is seen of such a density.
 """
 
 from __future__ import annotations
@@ -26,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..families import Block, Precision
+from ..families import Block, DensePrecision, Precision
 from ..gradients import Draws, Objective, hessians_at, recycled
 from . import _rate
 from ._gaussian import State, all_finite, losses_at, scales_of
@@ -37,7 +45,8 @@ MAX_NUMBERS = 2**22  # of the Hessians that are kept
 MAX_PAIRS = 256
 COVERED = 16.0
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
-FAR = 1e12  # r²
+FAR, TRUST = 1e12, 100.0  # r²; a precision
+NARROWER, NARROWEST = 1 / 16, 1 / 256  # of the radius
 
 
 @dataclass(frozen=True)
@@ -59,23 +68,54 @@ def init(loc: Tensor, scales: tuple[Any, ...]) -> Recycling:
     return Recycling(pool=recycled.init(num_pairs, loc, scales), num_pairs=1)
 
 
-class _Search(NamedTuple):
-    """A step under way: proposals, taken or refused, and then steps on the pool alone.
-
-    Attributes:
-        loc, precision, moments: where it is, and the pool's estimate there.
-        rate: of the next proposal.
-        proposals: made so far until one was taken; `inner` steps since.
-        taken: whether one was.
-        going: whether to go on.
-    """
+class _Place(NamedTuple):
+    """A Gaussian and the pool's estimate there, with r², V and L = E_q[ℓ]/τ."""
 
     loc: Tensor
     precision: Precision
     moments: recycled.Moments
+    residual: float
+    error: float
+    loss: float
+
+    @property
+    def far(self) -> bool:
+        return self.residual > FAR and self.loss > 0
+
+    @property
+    def noisy(self) -> bool:
+        return not self.far and self.residual < _rate.NOISE_RATIO * self.error
+
+    def step(self, rate: float, downhill: bool) -> tuple[Tensor, Precision]:
+        """(m, S) after a step of the rule, or down log L."""
+        gradient, hessian = self.moments.gradient, self.moments.hessian
+        if not downhill:
+            precision = self.precision.blend(hessian, rate)
+            return self.loc - rate * precision.solve(gradient), precision
+        slope = gradient / self.loss
+        curvature = hessian / self.loss - torch.outer(slope, slope)
+        trust = DensePrecision(TRUST * torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device))
+        return self.loc - rate * trust.blend(curvature, 0.5).solve(slope / 2), trust
+
+
+class _Search(NamedTuple):
+    """A step under way: proposals, taken or refused, and then steps on the pool alone.
+
+    Attributes:
+        here: where it is.
+        rate: of the next proposal.
+        proposals: made so far until one was taken; `inner` steps since.
+        before, by_rule: far away, the loss close around the mean of the start, and around that of a step of the rule.
+        taken: whether one was.
+        going: whether to go on.
+    """
+
+    here: _Place
     rate: float
     proposals: int
     inner: int
+    before: float
+    by_rule: float
     taken: bool
     going: bool
 
@@ -101,8 +141,11 @@ def step(
     draws = [Draws.at(torch.stack([row, -row])) for row in noise[: recycling.num_pairs]]
     pool, losses, usable = _fresh(state, objective, blocks, draws, temperature)
 
-    def estimate(loc: Tensor, precision: Precision) -> recycled.Moments:
-        return recycled.moments(pool, blocks, loc, scales_of(precision, blocks, state.radius))
+    def place(loc: Tensor, precision: Precision) -> _Place:
+        moments = recycled.moments(pool, blocks, loc, scales_of(precision, blocks, state.radius))
+        residual = float(_rate.squared_norm(moments.gradient, precision))
+        error = recycled.squared_error(moments, precision)
+        return _Place(loc, precision, moments, residual, error, float((moments.weights * pool.values).sum()))
 
     if not usable:
         kept = replace(
@@ -113,58 +156,71 @@ def step(
             evaluations=state.evaluations + losses.numel() * (len(state.loc) + 1),
         )
         return kept, losses.mean(), False
-    here = estimate(state.loc, state.precision)
-    residual = float(_rate.squared_norm(here.gradient, state.precision))
-    error = recycled.squared_error(here, state.precision)
-    noisy = residual < _rate.NOISE_RATIO * error
-    noisy_steps = state.rate.noisy_steps + noisy
-    far = residual > FAR
-    longest = math.inf if far else _cap(noisy_steps, here.effective, recycling.num_pairs)
+    start = place(state.loc, state.precision)
+    far, last_gradient = start.far, state.rate.last_gradient
+    opposed = _rate.opposed(start.moments.gradient, start.precision, last_gradient)
+    noisy_steps = state.rate.noisy_steps + (start.noisy and opposed)
+    longest = math.inf if far else _cap(noisy_steps, start.moments.effective, recycling.num_pairs)
     first_rate = min(state.rate.rate, longest)
 
+    def losses_around(loc: Tensor, scales: tuple[Any, ...]) -> Tensor:
+        return torch.stack([losses_at(objective, loc, scales, None, pair) for pair in draws])
+
+    def total_loss(loc: Tensor, scales: tuple[Any, ...]) -> float:
+        total = float(losses_around(loc, scales).sum())
+        return total if math.isfinite(total) else math.inf
+
     def attempt(search: _Search) -> _Search:
-        now = search.moments
-        rate = INNER_RATE if search.taken else search.rate
-        precision = search.precision.blend(now.hessian, min(1.0, rate))
-        loc = search.loc - rate * precision.solve(now.gradient)
+        here, taken = search.here, search.taken
+        downhill = far and search.proposals not in (0, 2)
+        rate = INNER_RATE if taken else 1.0 if far and not downhill else search.rate
+        loc, precision = here.step(rate, downhill)
         finite = all_finite(loc, precision.solve(loc), *scales_of(precision, blocks, state.radius))
-        there = estimate(loc, precision) if finite else now
-        covered = finite and there.effective >= max(COVERED, now.effective / 2)
-
-        def not_worse() -> bool:
-            scales = scales_of(precision, blocks, state.radius)
-            after = [losses_at(objective, loc, scales, None, pair) for pair in draws]
-            return _rate.not_worse(losses, torch.stack(after))
-
-        accepted = covered or (not search.taken and finite and not_worse())
-        accepted = accepted and all_finite(there.gradient)
-        settled = search.taken and float(_rate.squared_norm(now.gradient, search.precision)) < (
-            SETTLED * recycled.squared_error(now, search.precision)
-        )
-        proposals, inner = search.proposals + (not search.taken), search.inner + search.taken
+        there = place(loc, precision) if finite else here
+        covered = finite and not far and there.moments.effective >= max(COVERED, here.moments.effective / 2)
+        before, by_rule, better, lower = search.before, search.by_rule, False, False
+        if far:
+            scales = scales_of(here.precision, blocks, NARROWEST)
+            now = total_loss(loc, scales) if finite else math.inf
+            if search.proposals == 0:
+                before, by_rule = total_loss(here.loc, scales), now
+            else:
+                lower = now < before
+                better = lower and (search.proposals != 1 or now < by_rule)
+        elif finite and not (covered or taken):
+            after = losses_around(loc, scales_of(precision, blocks, state.radius))
+            better = _rate.not_worse(losses, after, start.residual + len(loc))
+        accepted = (covered or better) and all_finite(there.moments.gradient)
+        settled = taken and here.residual < SETTLED * here.error
+        proposals, inner = search.proposals + (not taken), search.inner + taken
         if not accepted:
-            again = not search.taken and proposals < _rate.MAX_PROPOSALS
-            shorter = search.rate if search.taken else _rate.CUT * search.rate
-            return search._replace(rate=shorter, proposals=proposals, inner=inner, going=again)
+            again = not taken and proposals < _rate.MAX_PROPOSALS
+            # a step downhill that is but too short is the longer next time
+            factor = _rate.GROW if downhill and lower else 1.0 if taken or (far and not downhill) else _rate.CUT
+            return _Search(here, factor * search.rate, proposals, inner, before, by_rule, taken, again)
         again = covered and not settled and inner < MAX_INNER
-        return _Search(loc, precision, there, search.rate, proposals, inner, True, again)
+        return _Search(there, search.rate, proposals, inner, before, by_rule, True, again)
 
-    end = _Search(state.loc, state.precision, here, first_rate, 0, 0, False, True)
+    end = _Search(start, first_rate, 0, 0, math.nan, math.nan, False, True)
     while end.going:
         end = attempt(end)
 
-    more = noisy or end.proposals > 1 or not end.taken
+    tries = end.proposals - far  # at the rate that is searched
+    downhill = far and not (end.taken and end.proposals == 3)
+    more = start.noisy or tries > 1 or not end.taken
     num_pairs = min(len(noise), 2 * recycling.num_pairs) if more else recycling.num_pairs
-    rate = _rate.next_rate(end.rate, first_rate, end.taken, end.proposals, math.inf if far else 1.0)
+    rate = _rate.next_rate(end.rate, first_rate, end.taken, tries, math.inf if downhill else 1.0)
+    rate = max(1.0, rate) if far else rate
     kept = replace(
         state,
         recycling=Recycling(pool, num_pairs),
-        evaluations=state.evaluations + 2 * recycling.num_pairs * (len(state.loc) + 1 + end.proposals),
-        residual=residual,
-        error=error,
-        rate=state.rate.after(rate, end.rate, noisy_steps, here.gradient, end.taken),
+        evaluations=state.evaluations + 2 * recycling.num_pairs * (len(state.loc) + 1 + end.proposals + far),
+        residual=start.residual,
+        error=start.error,
+        rate=state.rate.after(rate, end.rate, noisy_steps, start.moments.gradient, end.taken),
+        radius=max(NARROWER * state.radius, NARROWEST) if downhill else min(1.0, 2 * state.radius),
     )
-    moved = replace(kept, loc=end.loc, precision=end.precision, radius=min(1.0, 2 * state.radius))
+    moved = replace(kept, loc=end.here.loc, precision=end.here.precision)
     return (moved if end.taken else kept), losses.mean(), end.taken
 
 

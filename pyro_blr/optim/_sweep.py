@@ -342,10 +342,10 @@ def _drawn_step(
 
     each = zip(*(leaf.unbind() for leaf in vars(by_draw).values()), strict=True)
     spread = sum(squared_norm(type(natural)(*leaves) - direction) for leaves in each)
-    variance = spread / (design.num_draws * (design.num_draws - 1))
-    noisy = bool(squared_norm(direction) < _rate.NOISE_RATIO * variance)
+    residual, variance = float(squared_norm(direction)), float(spread) / (design.num_draws * (design.num_draws - 1))
+    noisy, most = residual < _rate.NOISE_RATIO * variance, residual + natural.flat().numel()
     before = _by_draw(design, losses) - entropy(natural)
-    state, proposed, accepted, _ = _rate.search(state, before, noisy, direction, propose)
+    state, proposed, accepted, _ = _rate.search(state, before, noisy, most, direction, propose)
     return state, proposed if accepted else natural
 
 

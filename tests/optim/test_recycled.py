@@ -109,21 +109,52 @@ def test_a_draw_without_a_finite_loss_moves_nothing_and_brings_the_next_ones_clo
     assert np.isfinite(backend.to_numpy(after.loc)).all() and backend.to_numpy(after.loc)[0] < 1
 
 
-def test_the_slope_of_an_exponential_is_left_in_fewer_steps_than_it_has_powers_of_e(backend):
-    """From ℓ = e²⁰⁰, where a Newton step is one unit, to where it is that again: r² of 1e12 is near e²⁸."""
+def two_slopes(xp, z):
+    """A Poisson regression on a covariate of −40 to 60: what one datum gains, others lose."""
+    return xp.exp(z[0] + 60 * z[1]) + xp.exp(z[0] + 50 * z[1]) + xp.exp(z[0] - 40 * z[1]) - 3 * z[0] + (z**2).sum() / 8
 
-    def slope(xp, z):
+
+def valley(xp, z):
+    """A quadratic of condition 1e8."""
+    return 1e8 * (z[0] - z[1]) ** 2 + (z[1] - 1) ** 2
+
+
+def test_the_slopes_of_exponentials_are_left_in_a_few_steps(backend):
+    """From ℓ = e¹²⁰ or e²⁰⁰ to the optimum, where a step of the rule is one unit of z₀ + 60 z₁, or of z₀."""
+
+    def one_slope(xp, z):
         return xp.exp(z[0]) - 3 * z[0] + (z**2).sum() / 8
 
-    step, state = stepper(backend, slope), started(backend, [200.0, 0.0], 100 * np.eye(2))
     generator = np.random.default_rng(3)
-    for _ in range(80):
-        state, *_ = step(state, generator.normal(size=(4, 2)))
-    assert backend.to_numpy(state.loc)[0] < 35
+    for loss, start in ((two_slopes, [0.5, 2.0]), (one_slope, [200.0, 0.0])):
+        step, state = stepper(backend, loss), started(backend, start, 100 * np.eye(2))
+        for _ in range(30):
+            state, value, _ = step(state, generator.normal(size=(4, 2)))
+        assert float(state.residual) < 0.05 and float(state.radius) == 1
+        assert float(value) < 10
+        assert int(state.skipped) == 0
+
+
+def test_a_quadratic_is_one_step_from_however_far(backend, random):
+    """r² is 1e27 at the start, where others are left down log L; a step of the rule is exact but for rounding."""
+    step, state = stepper(backend, valley), started(backend, [1e6, -1e6], 100 * np.eye(2))
+    state, *_ = step(state, random.normal(size=(4, 2)))
+    assert_allclose(backend.to_numpy(state.loc), [1.0, 1.0], atol=1.0)
+    assert float(state.radius) == 1
+    assert float(state.evaluations) == 2 * (2 + 1) + 2 * 4, (
+        "the losses at the old mean, at the new one twice, and downhill"
+    )
 
 
 @pytest.mark.parametrize(
-    ("loss", "loc"), [(quadratic, [0.4, -0.2]), (counts, [0.4, -0.2]), (undefined_beyond_three, [2.95, 0.0])]
+    ("loss", "loc"),
+    [
+        (quadratic, [0.4, -0.2]),
+        (counts, [0.4, -0.2]),
+        (undefined_beyond_three, [2.95, 0.0]),
+        (two_slopes, [0.5, 2.0]),
+        (valley, [1e6, -1e6]),
+    ],
 )
 def test_both_packages_take_the_same_steps(both, loss, loc):
     """Steps that are refused, and what they cost, among them."""
