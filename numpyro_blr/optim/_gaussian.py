@@ -26,7 +26,9 @@ from ..families import Block, Precision
 from ..gradients import Draws, Estimate, Objective
 from . import _rate
 
-__all__ = ["State", "all_finite", "completed", "init", "scales_of", "select", "step", "tempered"]
+__all__ = ["State", "all_finite", "completed", "init", "scales_of", "select", "skipped", "step", "tempered"]
+
+RETREAT = 1 / 64  # of the radius
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +92,7 @@ def step(
 
     Returns:
         the next state, the estimate, and whether the Gaussian moved. Where the loss, a gradient or the proposed state
-        is not finite, nothing moves, the step is counted in `skipped`, and the next draws are taken closer to m.
+        is not finite, the step is `skipped`: nothing moves, and the next draws are taken closer to m.
     """
     scales = scales_of(state.precision, blocks, state.radius)
     estimate = completed(estimator(objective, state.loc, scales, others, draws), state.precision)
@@ -131,9 +133,19 @@ def step(
     radius = jnp.minimum(1, 2 * state.radius)
     accepted = replace(state, loc=loc, precision=precision, rate=rate, radius=radius)
     rejected = replace(state, rate=rate)
-    unusable = replace(state, radius=state.radius / 2, skipped=state.skipped + 1)
+    unusable = skipped(state)
     moved &= usable
     return select(moved, accepted, select(usable, rejected, unusable)), estimate, moved
+
+
+def skipped(state: State) -> State:
+    """After draws that were not finite: the next ones are taken closer to m.
+
+    If draws a 64th of the guide's own scale away were not either, m itself is no place to be, and goes halfway to the
+    origin of the unconstrained space, around which the hosts start.
+    """
+    loc = jnp.where(state.radius > RETREAT, state.loc, state.loc / 2)
+    return replace(state, loc=loc, radius=state.radius / 2, skipped=state.skipped + 1)
 
 
 def scales_of(precision: Precision, blocks: tuple[Block, ...], radius: Array) -> tuple[Array | None, ...]:

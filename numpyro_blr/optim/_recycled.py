@@ -37,7 +37,7 @@ from jax import Array, lax
 from ..families import Block, DensePrecision, Precision
 from ..gradients import Draws, Objective, hessians_at, recycled
 from . import _rate
-from ._gaussian import State, all_finite, scales_of, select
+from ._gaussian import State, all_finite, scales_of, select, skipped
 
 __all__ = ["Recycling", "init", "step"]
 
@@ -228,20 +228,19 @@ def step(
     rate = _rate.next_rate(end.rate, end.first_rate, end.taken, tries, jnp.where(downhill, jnp.inf, 1))
     rate = jnp.where(start.far, jnp.maximum(1, rate), rate)
     rates = state.rate.after(rate, end.rate, noisy_steps_of(start), start.moments.gradient, end.taken)
-    radius = jnp.where(usable, jnp.minimum(1, 2 * state.radius), state.radius / 2)
-    radius = jnp.where(downhill, jnp.maximum(NARROWER * state.radius, NARROWEST), radius)
+    radius = jnp.where(downhill, jnp.maximum(NARROWER * state.radius, NARROWEST), jnp.minimum(1, 2 * state.radius))
+    evaluations = num_draws * (len(state.loc) + 1 + num_losses.astype(dtype))
+    tried = replace(state, recycling=Recycling(pool, num_pairs), evaluations=state.evaluations + evaluations)
     after = replace(  # where nothing was taken, `end.here` is the start
-        state,
+        tried,
         loc=end.here.loc,
         precision=end.here.precision,
-        recycling=Recycling(pool, num_pairs),
-        rate=select(usable, rates, state.rate),
+        rate=rates,
         radius=radius,
-        skipped=state.skipped + (~usable).astype(jnp.int32),
-        evaluations=state.evaluations + num_draws * (len(state.loc) + 1 + num_losses.astype(dtype)),
         residual=start.residual,
         error=start.error,
     )
+    after = select(usable, after, skipped(tried))
     return after, jnp.where(fresh[:, None], losses, 0).sum() / num_draws, end.taken
 
 

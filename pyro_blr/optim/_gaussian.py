@@ -26,7 +26,20 @@ from ..families import Block, DensePrecision, Precision
 from ..gradients import Draws, Estimate, Objective, losses_of
 from . import _rate
 
-__all__ = ["State", "all_finite", "completed", "field_of", "init", "losses_at", "scales_of", "step", "tempered"]
+__all__ = [
+    "State",
+    "all_finite",
+    "completed",
+    "field_of",
+    "init",
+    "losses_at",
+    "scales_of",
+    "skipped",
+    "step",
+    "tempered",
+]
+
+RETREAT = 1 / 64  # of the radius
 
 
 @dataclass(frozen=True)
@@ -89,12 +102,12 @@ def step(
 
     Returns:
         the next state, the estimate, and whether the Gaussian moved. Where the loss, a gradient or the proposed state
-        is not finite, nothing moves, the step is counted in `skipped`, and the next draws are taken closer to m.
+        is not finite, the step is `skipped`: nothing moves, and the next draws are taken closer to m.
     """
     scales = scales_of(state.precision, blocks, state.radius)
     estimate = completed(estimator(objective, state.loc, scales, others, draws), state.precision)
     state = replace(state, evaluations=state.evaluations + estimate.evaluations)
-    unusable = replace(state, radius=state.radius / 2, skipped=state.skipped + 1)
+    unusable = skipped(state)
     if not all_finite(estimate.losses, estimate.gradient, estimate.hessian):
         return unusable, estimate, False
 
@@ -130,6 +143,16 @@ def step(
     accepted = replace(state, loc=loc, precision=precision, rate=rate, radius=radius)
     rejected = replace(state, rate=rate)
     return (accepted if moved else rejected), estimate, moved
+
+
+def skipped(state: State) -> State:
+    """After draws that were not finite: the next ones are taken closer to m.
+
+    If draws a 64th of the guide's own scale away were not either, m itself is no place to be, and goes halfway to the
+    origin of the unconstrained space, around which the hosts start.
+    """
+    loc = state.loc if state.radius > RETREAT else state.loc / 2
+    return replace(state, loc=loc, radius=state.radius / 2, skipped=state.skipped + 1)
 
 
 def scales_of(precision: Precision, blocks: tuple[Block, ...], radius: float) -> tuple[Tensor | None, ...]:

@@ -37,7 +37,7 @@ from torch import Tensor
 from ..families import Block, DensePrecision, Precision
 from ..gradients import Draws, Objective, hessians_at, recycled
 from . import _rate
-from ._gaussian import State, all_finite, losses_at, scales_of
+from ._gaussian import State, all_finite, losses_at, scales_of, skipped
 
 __all__ = ["Recycling", "init", "step"]
 
@@ -148,14 +148,9 @@ def step(
         return _Place(loc, precision, moments, residual, error, float((moments.weights * pool.values).sum()))
 
     if not usable:
-        kept = replace(
-            state,
-            recycling=replace(recycling, pool=pool),
-            radius=state.radius / 2,
-            skipped=state.skipped + 1,
-            evaluations=state.evaluations + losses.numel() * (len(state.loc) + 1),
-        )
-        return kept, losses.mean(), False
+        evaluations = state.evaluations + losses.numel() * (len(state.loc) + 1)
+        kept = replace(state, recycling=replace(recycling, pool=pool), evaluations=evaluations)
+        return skipped(kept), losses.mean(), False
     start = place(state.loc, state.precision)
     far, last_gradient = start.far, state.rate.last_gradient
     opposed = _rate.opposed(start.moments.gradient, start.precision, last_gradient)

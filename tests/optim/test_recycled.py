@@ -119,6 +119,22 @@ def valley(xp, z):
     return 1e8 * (z[0] - z[1]) ** 2 + (z[1] - 1) ** 2
 
 
+def test_a_start_without_a_finite_loss_is_left_towards_the_origin(backend, random):
+    """The seventh step and every one after it halve the mean: 12, 6, 3, 1.5, where the loss is defined again."""
+    step, state = stepper(backend, undefined_beyond_three), started(backend, [12.0, 0.0], 100 * np.eye(2))
+    for count in range(10):
+        state, *_ = step(state, random.normal(size=(4, 2)))
+        expected = 12.0 / 2 ** max(count - 5, 0)
+        assert_allclose(backend.to_numpy(state.loc), [expected, 0.0], rtol=0, err_msg=str(count))
+        if expected < 3:
+            break
+    assert int(state.skipped) == count + 1
+    for _ in range(20):
+        state, *_ = step(state, random.normal(size=(4, 2)))
+    assert int(state.skipped) == count + 1 and float(state.radius) == 1
+    assert float(state.residual) < 0.1
+
+
 def test_the_slopes_of_exponentials_are_left_in_a_few_steps(backend):
     """From ℓ = e¹²⁰ or e²⁰⁰ to the optimum, where a step of the rule is one unit of z₀ + 60 z₁, or of z₀."""
 
