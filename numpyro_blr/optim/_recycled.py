@@ -14,15 +14,14 @@ One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.p
 The n-th step that is noise by the rule of `_rate.py` caps the rate at 2 / (n + 2), times the draws that the pool is
 worth over the draws of a step: where the pool averages the noise away, the rate need not.
 
-*Far* from everything, where r² > 1e12 at a loss L = E_q[ℓ] > 0, another step is tried too. A step of the rule is exact
-on a quadratic, but on the slope of an exponential it is one unit, and from a log density of −1e100 there is one for
-every power of e. The other goes down log L, and starts anew there:
+*Far* from everything, where r² > 1e12 at a loss L = E_q[ℓ] > 0, S says nothing of where q will be. The mean alone
+moves, by the rule at ρ = 1 or down log L, and the rule starts anew there, from S = 100 I as the stock guides do:
 
-    m ← m − ρ P⁻¹ ĝ/L,    P = 100 I + Ĥ/L − (ĝ/L)(ĝ/L)ᵀ, reflected as in the rule,    S ← 100 I
+    m ← m − Ĥ⁻¹ ĝ    or    m ← m − ρ P⁻¹ ĝ/L,    P = 100 I + Ĥ/L − (ĝ/L)(ĝ/L)ᵀ,    reflected as in the rule,
 
-with a ρ that may grow beyond 1; its trust region, 100 I, is the precision at which the stock guides start. The one
-whose mean has the smaller loss is taken. After the other the next draws are drawn closer to m, since those far from it
-are all that is seen of such a density.
+whichever makes the loss around m smaller. The one is exact on a quadratic, but on the slope of an exponential it is one
+unit, and from a log density of −1e100 there is one for every power of e. The ρ of the other may grow beyond 1. The next
+draws are drawn closer to m, since those far from it are all that is seen of such a density.
 """
 
 from __future__ import annotations
@@ -113,8 +112,8 @@ class _Place(NamedTuple):
     def noisy(self) -> Array:
         return ~self.far & (self.residual < _rate.NOISE_RATIO * self.error)
 
-    def step(self, rate: Array, downhill: Array) -> tuple[Array, Precision]:
-        """(m, S) after a step of the rule, or down log L."""
+    def step(self, rate: Array, far: Array, downhill: Array) -> tuple[Array, Precision]:
+        """(m, S) after a step of the rule, or from far away after one by the rule or down log L."""
         gradient, hessian = self.moments.gradient, self.moments.hessian
         slope = gradient / self.loss
         curvature = hessian / self.loss - jnp.outer(slope, slope)
@@ -122,7 +121,7 @@ class _Place(NamedTuple):
         before = select(downhill, trust, self.precision)
         precision = before.blend(jnp.where(downhill, curvature, hessian), jnp.where(downhill, 0.5, rate))
         direction = precision.solve(jnp.where(downhill, slope / 2, gradient))
-        return self.loc - rate * direction, select(downhill, trust, precision)
+        return self.loc - rate * direction, select(far, trust, precision)
 
 
 def step(
@@ -155,7 +154,9 @@ def step(
 
     def first_rate_of(start: _Place) -> Array:
         cap = _cap(noisy_steps_of(start), start.moments.effective, recycling.num_pairs)
-        return jnp.minimum(state.rate.rate, jnp.where(start.far, jnp.inf, cap))
+        return jnp.where(
+            start.far, state.rate.rate, jnp.where(state.radius < 1, cap, jnp.minimum(state.rate.rate, cap))
+        )
 
     def attempt(search: _Search) -> _Search:
         """One turn; the first has a rate of zero, and so looks at the start: the estimate is compiled but once."""
@@ -163,7 +164,7 @@ def step(
         far, number = looked & search.start.far, search.proposals
         downhill = far & (number != 0) & (number != 2)
         rate = jnp.where(taken, INNER_RATE, jnp.where(far & ~downhill, 1, search.rate))
-        loc, precision = here.step(rate, downhill)
+        loc, precision = select(looked, here.step(rate, far, downhill), (here.loc, here.precision))
         scales = scales_of(precision, blocks, state.radius)
         moments = recycled.moments(pool, blocks, loc, scales)
         residual = _rate.squared_norm(moments.gradient, precision)
@@ -221,14 +222,13 @@ def step(
 
     start = end.start
     tries = end.proposals - start.far.astype(jnp.int32)  # at the rate that is searched
-    downhill = usable & start.far & ~(end.taken & (end.proposals == 3))
+    far = usable & start.far
     more = usable & (start.noisy | (tries > 1) | ~end.taken)
     num_pairs = jnp.where(more, jnp.minimum(max_pairs, 2 * recycling.num_pairs), recycling.num_pairs)
     num_draws, num_losses = (2 * num_drawn).astype(dtype), end.proposals + (usable & start.far).astype(jnp.int32)
-    rate = _rate.next_rate(end.rate, end.first_rate, end.taken, tries, jnp.where(downhill, jnp.inf, 1))
-    rate = jnp.where(start.far, jnp.maximum(1, rate), rate)
+    rate = _rate.next_rate(end.rate, end.first_rate, end.taken, tries, jnp.where(far, jnp.inf, 1))
     rates = state.rate.after(rate, end.rate, noisy_steps_of(start), start.moments.gradient, end.taken)
-    radius = jnp.where(downhill, jnp.maximum(NARROWER * state.radius, NARROWEST), jnp.minimum(1, 2 * state.radius))
+    radius = jnp.where(far, jnp.maximum(NARROWER * state.radius, NARROWEST), jnp.minimum(1, 2 * state.radius))
     evaluations = num_draws * (len(state.loc) + 1 + num_losses.astype(dtype))
     tried = replace(state, recycling=Recycling(pool, num_pairs), evaluations=state.evaluations + evaluations)
     after = replace(  # where nothing was taken, `end.here` is the start

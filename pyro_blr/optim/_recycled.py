@@ -14,15 +14,14 @@ One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.p
 The n-th step that is noise by the rule of `_rate.py` caps the rate at 2 / (n + 2), times the draws that the pool is
 worth over the draws of a step: where the pool averages the noise away, the rate need not.
 
-*Far* from everything, where r² > 1e12 at a loss L = E_q[ℓ] > 0, another step is tried too. A step of the rule is exact
-on a quadratic, but on the slope of an exponential it is one unit, and from a log density of −1e100 there is one for
-every power of e. The other goes down log L, and starts anew there:
+*Far* from everything, where r² > 1e12 at a loss L = E_q[ℓ] > 0, S says nothing of where q will be. The mean alone
+moves, by the rule at ρ = 1 or down log L, and the rule starts anew there, from S = 100 I as the stock guides do:
 
-    m ← m − ρ P⁻¹ ĝ/L,    P = 100 I + Ĥ/L − (ĝ/L)(ĝ/L)ᵀ, reflected as in the rule,    S ← 100 I
+    m ← m − Ĥ⁻¹ ĝ    or    m ← m − ρ P⁻¹ ĝ/L,    P = 100 I + Ĥ/L − (ĝ/L)(ĝ/L)ᵀ,    reflected as in the rule,
 
-with a ρ that may grow beyond 1; its trust region, 100 I, is the precision at which the stock guides start. The one
-whose mean has the smaller loss is taken. After the other the next draws are drawn closer to m, since those far from it
-are all that is seen of such a density.
+whichever makes the loss around m smaller. The one is exact on a quadratic, but on the slope of an exponential it is one
+unit, and from a log density of −1e100 there is one for every power of e. The ρ of the other may grow beyond 1. The next
+draws are drawn closer to m, since those far from it are all that is seen of such a density.
 """
 
 from __future__ import annotations
@@ -86,15 +85,15 @@ class _Place(NamedTuple):
     def noisy(self) -> bool:
         return not self.far and self.residual < _rate.NOISE_RATIO * self.error
 
-    def step(self, rate: float, downhill: bool) -> tuple[Tensor, Precision]:
-        """(m, S) after a step of the rule, or down log L."""
+    def step(self, rate: float, far: bool, downhill: bool) -> tuple[Tensor, Precision]:
+        """(m, S) after a step of the rule, or from far away after one by the rule or down log L."""
         gradient, hessian = self.moments.gradient, self.moments.hessian
+        trust = DensePrecision(TRUST * torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device))
         if not downhill:
             precision = self.precision.blend(hessian, rate)
-            return self.loc - rate * precision.solve(gradient), precision
+            return self.loc - rate * precision.solve(gradient), trust if far else precision
         slope = gradient / self.loss
         curvature = hessian / self.loss - torch.outer(slope, slope)
-        trust = DensePrecision(TRUST * torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device))
         return self.loc - rate * trust.blend(curvature, 0.5).solve(slope / 2), trust
 
 
@@ -155,8 +154,10 @@ def step(
     far, last_gradient = start.far, state.rate.last_gradient
     opposed = _rate.opposed(start.moments.gradient, start.precision, last_gradient)
     noisy_steps = state.rate.noisy_steps + (start.noisy and opposed)
-    longest = math.inf if far else _cap(noisy_steps, start.moments.effective, recycling.num_pairs)
-    first_rate = min(state.rate.rate, longest)
+    first_rate = state.rate.rate
+    if not far:
+        cap = _cap(noisy_steps, start.moments.effective, recycling.num_pairs)
+        first_rate = cap if state.radius < 1 else min(first_rate, cap)
 
     def losses_around(loc: Tensor, scales: tuple[Any, ...]) -> Tensor:
         return torch.stack([losses_at(objective, loc, scales, None, pair) for pair in draws])
@@ -169,7 +170,7 @@ def step(
         here, taken = search.here, search.taken
         downhill = far and search.proposals not in (0, 2)
         rate = INNER_RATE if taken else 1.0 if far and not downhill else search.rate
-        loc, precision = here.step(rate, downhill)
+        loc, precision = here.step(rate, far, downhill)
         finite = all_finite(loc, precision.solve(loc), *scales_of(precision, blocks, state.radius))
         there = place(loc, precision) if finite else here
         covered = finite and not far and there.moments.effective >= max(COVERED, here.moments.effective / 2)
@@ -201,11 +202,9 @@ def step(
         end = attempt(end)
 
     tries = end.proposals - far  # at the rate that is searched
-    downhill = far and not (end.taken and end.proposals == 3)
     more = start.noisy or tries > 1 or not end.taken
     num_pairs = min(len(noise), 2 * recycling.num_pairs) if more else recycling.num_pairs
-    rate = _rate.next_rate(end.rate, first_rate, end.taken, tries, math.inf if downhill else 1.0)
-    rate = max(1.0, rate) if far else rate
+    rate = _rate.next_rate(end.rate, first_rate, end.taken, tries, math.inf if far else 1.0)
     kept = replace(
         state,
         recycling=Recycling(pool, num_pairs),
@@ -213,7 +212,7 @@ def step(
         residual=start.residual,
         error=start.error,
         rate=state.rate.after(rate, end.rate, noisy_steps, start.moments.gradient, end.taken),
-        radius=max(NARROWER * state.radius, NARROWEST) if downhill else min(1.0, 2 * state.radius),
+        radius=max(NARROWER * state.radius, NARROWEST) if far else min(1.0, 2 * state.radius),
     )
     moved = replace(kept, loc=end.here.loc, precision=end.here.precision)
     return (moved if end.taken else kept), losses.mean(), end.taken
