@@ -223,7 +223,7 @@ def step(
     start = end.start
     tries = end.proposals - start.far.astype(jnp.int32)  # at the rate that is searched
     far = usable & start.far
-    more = usable & (start.noisy | (tries > 1) | ~end.taken)
+    more = usable & (start.noisy | ((tries > 1) & ~start.far) | ~end.taken)
     num_pairs = jnp.where(more, jnp.minimum(max_pairs, 2 * recycling.num_pairs), recycling.num_pairs)
     num_draws, num_losses = (2 * num_drawn).astype(dtype), end.proposals + (usable & start.far).astype(jnp.int32)
     rate = _rate.next_rate(end.rate, end.first_rate, end.taken, tries, jnp.where(far, jnp.inf, 1))

@@ -202,7 +202,7 @@ def step(
         end = attempt(end)
 
     tries = end.proposals - far  # at the rate that is searched
-    more = start.noisy or tries > 1 or not end.taken
+    more = start.noisy or (tries > 1 and not far) or not end.taken
     num_pairs = min(len(noise), 2 * recycling.num_pairs) if more else recycling.num_pairs
     rate = _rate.next_rate(end.rate, first_rate, end.taken, tries, math.inf if far else 1.0)
     kept = replace(
