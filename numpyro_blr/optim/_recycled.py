@@ -141,7 +141,7 @@ def step(
 
     Returns:
         the next state, the loss averaged over the fresh draws, and whether the Gaussian moved. Where the loss, a
-        gradient or a Hessian is not finite at a fresh draw, nothing moves, and the next draws are taken closer to m.
+        gradient or a Hessian is not finite at a fresh draw, the step is `skipped`.
     """
     recycling: Recycling = state.recycling
     max_pairs, dtype = len(noise), state.loc.dtype

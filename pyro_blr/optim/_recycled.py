@@ -134,7 +134,7 @@ def step(
 
     Returns:
         the next state, the loss averaged over the fresh draws, and whether the Gaussian moved. Where the loss, a
-        gradient or a Hessian is not finite at a fresh draw, nothing moves, and the next draws are taken closer to m.
+        gradient or a Hessian is not finite at a fresh draw, the step is `skipped`.
     """
     recycling: Recycling = state.recycling
     draws = [Draws.at(torch.stack([row, -row])) for row in noise[: recycling.num_pairs]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -117,6 +118,19 @@ def two_slopes(xp, z):
 def valley(xp, z):
     """A quadratic of condition 1e8."""
     return 1e8 * (z[0] - z[1]) ** 2 + (z[1] - 1) ** 2
+
+
+def test_a_pair_that_explodes_is_no_noise(backend):
+    """Of two pairs of which one gets worse the standard error exceeds the mean, however much worse it gets."""
+    not_worse, xp = backend.module("optim._rate").not_worse, backend.xp
+    every_pair = (xp.ones(2, dtype=bool),) if "taken" in inspect.signature(not_worse).parameters else ()
+
+    def accepted(change):
+        after = backend.array(np.array([[change, change], [-1.0, -1.0]]))
+        return bool(not_worse(backend.array(np.zeros((2, 2))), after, 8.4, *every_pair))
+
+    assert accepted(0.5) and accepted(10.0)
+    assert not accepted(1e3) and not accepted(1e257)
 
 
 def test_a_start_without_a_finite_loss_is_left_towards_the_origin(backend, random):
