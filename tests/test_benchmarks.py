@@ -157,7 +157,9 @@ def made_up_posterior(load, name: str, random: np.random.Generator):
     )
 
 
-def test_the_benchmark_runs_and_writes(numpyro_bridge, load, tmp_path, random, capsys):
+def test_the_benchmark_runs_writes_and_goes_on_from_what_it_kept(
+    numpyro_bridge, load, tmp_path, random, capsys, monkeypatch
+):
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
     data = {"X": random.normal(size=(20, 3)).tolist(), "y": random.normal(size=20).tolist()}
@@ -170,14 +172,14 @@ def test_the_benchmark_runs_and_writes(numpyro_bridge, load, tmp_path, random, c
     }
     (tmp_path / "blr_correlated.json").write_text(json.dumps(record))
     files = {kind: tmp_path / f"out.{kind}" for kind in ("markdown", "figure.png", "record")}
-    load("reference").main(
-        [
-            *("--data", str(tmp_path), "--host", "numpyro", "--quick", "--guides", "full rank", "--seeds", "1"),
-            *("--methods", "BLR()", "Adam", "BaM"),
-            *("--markdown", str(files["markdown"]), "--figure", str(files["figure.png"])),
-            *("--json", str(files["record"])),
-        ]
-    )
+    options = [
+        *("--data", str(tmp_path), "--host", "numpyro", "--quick", "--guides", "full rank", "--seeds", "1"),
+        *("--methods", "BLR()", "Adam", "BaM", "--keep", str(tmp_path / "kept")),
+        *("--markdown", str(files["markdown"]), "--figure", str(files["figure.png"])),
+        *("--json", str(files["record"])),
+    ]
+    benchmark = load("reference")
+    benchmark.main(options)
     table = files["markdown"].read_text()
     assert "BLR()" in table and "BaM" in table and table.strip() in capsys.readouterr().out
     assert files["figure.png"].read_bytes().startswith(b"\x89PNG")
@@ -186,6 +188,13 @@ def test_the_benchmark_runs_and_writes(numpyro_bridge, load, tmp_path, random, c
     starts = [entry["curve"]["elbos"][0][0] for entry in entries.values()]
     assert_allclose(starts, starts[0], rtol=1e-10)  # the same start, the same noise
     assert entries["BLR()"]["settings"][""]["final_gaps"][0] < 0.1
+
+    monkeypatch.setattr(load("_methods_numpyro"), "fits", None)  # what is kept is not run again
+    files["markdown"].unlink()
+    benchmark.main(options)
+    assert files["markdown"].read_text() == table
+    with pytest.raises(ValueError, match="name another --keep"):
+        benchmark.main([*options, "--seeds", "2"])
 
 
 def test_the_data_are_asked_for_by_name(load, tmp_path):
