@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import importlib
 import importlib.util
 import json
@@ -94,6 +95,8 @@ def measure_memory(options: argparse.Namespace, corpus: Corpus, host: str, metho
     """Peak and persistent bytes of one method, in a process that does nothing else."""
     module = importlib.import_module(f"_language_{host}")
     config = configure(options, corpus, host, method, 8)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what reading the text took, and the allocator keeps, would hide as much
     before = resident("VmRSS")
     run = module.METHODS[method](config)
     for number in range(WARM_UP):

@@ -399,11 +399,16 @@ def factored_ivon(
         s.beta3 * old + (1 - s.beta3) * new
         for old, new in zip((weights.rows, weights.columns), rows_and_columns((gradient + pull) ** 2), strict=True)
     )
-    second_moment = rows if gradient.ndim < 2 else (np.outer(rows, columns) / rows.mean()).reshape(gradient.shape)
+    known = 1 - s.beta3**count
+    if gradient.ndim < 2:
+        root = np.maximum(np.sqrt(rows / known), 1e-8)
+    else:
+        of_rows, of_columns = (np.maximum(np.sqrt(x), 1e-8) for x in (rows / rows.mean(), columns / known))
+        root = np.outer(of_rows, of_columns).reshape(gradient.shape)
     nesterov = (
         s.beta1 * momentum / (1 - s.beta1 ** (count + 1)) + (1 - s.beta1) * gradient / (1 - s.beta1**count) + pull
     )
-    direction = nesterov / (np.sqrt(second_moment / (1 - s.beta3**count)) + 1e-8)
+    direction = nesterov / root
     decay = np.asarray(s.weight_decay)
     unit = 1 / np.sqrt(s.num_data * np.where(decay > 0, decay, 1 / s.num_data))
     return Weights(

@@ -80,8 +80,8 @@ DIFFERENCES = {
     "optim/_rate.py": {"not_worse"},  # JAX says which pairs of an array of a fixed size are there
     "optim/_ivon.py": {
         # tensors are written in place, and a part of a network is several of them
-        "Prior.known", "State", "average", "debias", "init", "root_of", "step", "surrogate",
-        "stacks", "weighted_square", "Shapes",
+        "__all__", "Prior.known", "State", "as_tensor", "average", "curvature", "debias", "init", "offset_from",
+        "residual", "stacks", "step", "surrogate", "weighted_square", "Shapes",
     },
     "optim/ivon.py": {
         # the optimizer's interface, which is the host's, and how the host runs on several devices

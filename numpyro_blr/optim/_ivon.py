@@ -18,9 +18,9 @@ a matrix it keeps the means of its rows and columns alone, and it moves in units
 as if the coordinates were (w − m₀)/s₀:
 
     R, C ← β₃ (R, C) + (1 − β₃) mean over (columns, rows) of (ĝ + δ (m − m₀))²
-    v = R Cᵀ / mean(R) / (1 − β₃ᵗ)                                                   `root_of`
+    √v = √(R / mean(R)) √(C / (1 − β₃ᵗ))ᵀ                                            `roots_of`
     g̃ = β₁ ḡ/(1 − β₁ᵗ⁺¹) + (1 − β₁) ĝ/(1 − β₁ᵗ)                                      Nesterov momentum
-    direction = s₀ clip((g̃ + δ (m − m₀)) / (√v + 10⁻⁸), ±c)
+    direction = s₀ clip((g̃ + δ (m − m₀)) / √v, ±c)                      each factor of √v at least 10⁻⁸
 
 `"posterior"` is the published recursion, in which the two coincide:
 
@@ -57,7 +57,7 @@ __all__ = [
 
 Weights = dict[str, Array]  # by site
 START = 100  # steps in which h, over a part, is the plain mean of all ĥ
-TINY = 1e-8  # Adam's ε, beside the root of the second moment of a gradient of the averaged loss
+TINY = 1e-8  # as Adam's ε, what the root of the second moment of a gradient of the averaged loss is not below
 
 
 class Prior(NamedTuple):
@@ -207,7 +207,8 @@ def step(
             ahead = settings.beta1 * momentum[name] / debias(settings.beta1, count + 1, dtype)
             ascent = ahead + (1 - settings.beta1) * gradient[name] / debias(settings.beta1, count, dtype) + pull
             unit = prior_scale(prior, settings.num_data)
-            root = root_of(second_moment[name], debias(settings.beta3, count, dtype), m.shape) + TINY
+            roots = roots_of(second_moment[name], debias(settings.beta3, count, dtype))
+            root = math.prod(roots, start=jnp.ones((), dtype)).reshape(m.shape)
         direction = unit * jnp.clip(ascent / root, -settings.clip_radius, settings.clip_radius)
         loc[name] = (m - learning_rate * direction).astype(dtype)
     return replace(state, count=count, loc=loc, momentum=momentum, hessian=hessian, second_moment=second_moment)
@@ -227,13 +228,14 @@ def means(squares: Array) -> tuple[Array, ...]:
     return matrix.mean(1, keepdims=True), matrix.mean(0, keepdims=True)
 
 
-def root_of(factors: tuple[Array, ...], known: Array, shape: tuple[int, ...]) -> Array:
-    """√v = √R √Cᵀ / √mean(R), of averages that are `known` times what they are of."""
+def roots_of(factors: tuple[Array, ...], known: Array) -> list[Array]:
+    """√(R / mean(R)) and √C, whose product is √v, of averages that are `known` times what they are of."""
     if len(factors) == 1:
-        return jnp.sqrt(factors[0] / known)
-    rows, columns = factors
-    average = jnp.maximum(rows.mean(), jnp.finfo(rows.dtype).tiny)
-    return (jnp.sqrt(rows / (average * known)) * jnp.sqrt(columns)).reshape(shape)
+        squares = [factors[0] / known]
+    else:
+        rows, columns = factors
+        squares = [rows / jnp.maximum(rows.mean(), jnp.finfo(rows.dtype).tiny), columns / known]
+    return [jnp.maximum(jnp.sqrt(square), TINY) for square in squares]
 
 
 def average(old: Array, new: Array, memory: float) -> Array:

@@ -18,9 +18,9 @@ a matrix it keeps the means of its rows and columns alone, and it moves in units
 as if the coordinates were (w − m₀)/s₀:
 
     R, C ← β₃ (R, C) + (1 − β₃) mean over (columns, rows) of (ĝ + δ (m − m₀))²
-    v = R Cᵀ / mean(R) / (1 − β₃ᵗ)                                                   `root_of`
+    √v = √(R / mean(R)) √(C / (1 − β₃ᵗ))ᵀ                                            `roots_of`
     g̃ = β₁ ḡ/(1 − β₁ᵗ⁺¹) + (1 − β₁) ĝ/(1 − β₁ᵗ)                                      Nesterov momentum
-    direction = s₀ clip((g̃ + δ (m − m₀)) / (√v + 10⁻⁸), ±c)
+    direction = s₀ clip((g̃ + δ (m − m₀)) / √v, ±c)                      each factor of √v at least 10⁻⁸
 
 `"posterior"` is the published recursion, in which the two coincide:
 
@@ -49,15 +49,15 @@ __all__ = [
     "init",
     "kl_divergence",
     "precision_of",
+    "residual",
     "scale_of",
     "step",
-    "surrogate",
 ]
 
 Weights = dict[str, Tensor]  # by name of the part
 Shapes = tuple[tuple[int, torch.Size], ...]  # (k, shape): k tensors of this shape, one after another
 START = 100  # steps in which h, over a part, is the plain mean of all ĥ
-TINY = 1e-8  # Adam's ε, beside the root of the second moment of a gradient of the averaged loss
+TINY = 1e-8  # as Adam's ε, what the root of the second moment of a gradient of the averaged loss is not below
 
 
 class Prior(NamedTuple):
@@ -147,7 +147,8 @@ def init(
 
 def precision_of(hessian: Tensor, prior: Prior, num_data: float, temperature: float) -> Tensor:
     """1/σ² = N (h + δ) / τ"""
-    return (hessian + prior.precision).mul_(num_data / temperature)
+    factor = num_data / temperature
+    return torch.add(as_tensor(factor * prior.precision, hessian), hessian, alpha=factor)
 
 
 def scale_of(hessian: Tensor, prior: Prior, num_data: float, temperature: float) -> Tensor:
@@ -155,24 +156,30 @@ def scale_of(hessian: Tensor, prior: Prior, num_data: float, temperature: float)
     return precision_of(hessian, prior, num_data, temperature).rsqrt_()
 
 
-def surrogate(state: State, name: str, settings: Settings) -> tuple[Tensor, Tensor]:
-    """(ḡ/(1 − β₁ᵗ), h) of a part, of the ⟨ḡ, w⟩ + ½ h (w − m)² that is taken from the loss; (0, 0) as published."""
+def residual(gradient: Tensor, offset: Tensor, state: State, name: str, share: float, settings: Settings) -> Tensor:
+    """ĝ − ḡ/(1 − β₁ᵗ) − h (w − m) at w = m + `offset`: what the surrogate ⟨ḡ, w⟩ + ½ h (w − m)² leaves of ĝ.
+
+    A draw that is a `share` of the average has that share of the surrogate. As published there is none.
+    """
     if settings.preconditioner == "posterior":
-        zero = state.loc[name].new_zeros(())
-        return zero, zero
-    return state.momentum[name] / debias(settings.beta1, max(state.count, 1)), state.hessian[name]
+        return gradient.clone()
+    slope = share / debias(settings.beta1, max(state.count, 1))
+    return torch.sub(gradient, state.momentum[name], alpha=slope).addcmul_(state.hessian[name], offset, value=-share)
 
 
-def curvature(product: Tensor, precision: Tensor, hessian: Tensor) -> Tensor:
+def curvature(product: Tensor, precision: Tensor, hessian: Tensor, settings: Settings) -> Tensor:
     """ĥ = h + σ ε (ĝ − ḡ − h σ ε) / σ², from the `product` over σ², averaged over particles, and `precision` = 1/σ².
 
-    The product is σ times the gradient, with respect to σ, of ℓ̄ less its surrogate. Without a surrogate h and ḡ are 0.
+    The product is σ times the gradient, with respect to σ, of ℓ̄ less its surrogate; it is written over. Without a
+    surrogate h and ḡ are 0.
     """
-    return torch.addcmul(hessian, product, precision)
+    if settings.preconditioner == "posterior":
+        return product.mul_(precision)
+    return torch.addcmul(hessian, product, precision, out=product)
 
 
 def averaged_hessian(hessian: Tensor, estimate: Tensor, prior: Prior, settings: Settings, count: int) -> Tensor:
-    """h ← β₂ h + (1 − β₂) ĥ, and what keeps h + δ positive.
+    """h ← β₂ h + (1 − β₂) ĥ, in place, and what keeps h + δ positive.
 
     The published recursion always adds (1 − β₂)² (h − ĥ)² / (2 (h + δ)), a Riemannian step that can never leave the
     domain, at the price of a bias upwards by (1 − β₂) Var(ĥ) / (2 (h + δ)) in the long run. The other takes the
@@ -181,13 +188,18 @@ def averaged_hessian(hessian: Tensor, estimate: Tensor, prior: Prior, settings: 
     h ← h + max(mean(ĥ − h)/t, h₀ − mean(h)), by which the mean of h over the part is that of all ĥ so far, if over h₀.
     """
     forgotten = 1 - settings.beta2
-    straight = torch.lerp(hessian, estimate, forgotten)
     if settings.preconditioner == "posterior":
-        return straight + 0.5 * (forgotten * (hessian - estimate)) ** 2 / (hessian + prior.precision)
+        bend = (hessian - estimate).square_().div_(hessian + prior.precision)
+        return hessian.lerp_(estimate, forgotten).add_(bend, alpha=0.5 * forgotten**2)
+    least = torch.lerp(as_tensor(-prior.precision, hessian), hessian, 0.5)
+    shift = None
     if count <= START:
         mean = hessian.mean()
-        straight += torch.maximum((estimate.mean() - mean) / count, settings.hess_init - mean)
-    return torch.maximum(straight, (hessian - prior.precision).mul_(0.5), out=straight)
+        shift = torch.maximum((estimate.mean() - mean) / count, settings.hess_init - mean)
+    straight = hessian.lerp_(estimate, forgotten)
+    if shift is not None:
+        straight += shift
+    return torch.maximum(straight, least, out=straight)
 
 
 def step(
@@ -197,31 +209,31 @@ def step(
     learning_rate: float,
     settings: Settings,
 ) -> State:
-    """One step of every part from its (name, ĝ, ĥ), of the part of ℓ̄ that the priors are not."""
+    """One step of every part from its (name, ĝ, ĥ), of the part of ℓ̄ that the priors are not; ĥ is written over."""
     count = state.count + 1
     for name, gradient, estimate in statistics:
         m, momentum, hessian, prior = state.loc[name], state.momentum[name], state.hessian[name], priors[name]
-        pull = (m - prior.loc).mul_(prior.precision)
+        pull = offset_from(m, prior.loc) * prior.precision
         momentum.lerp_(gradient, 1 - settings.beta1)
-        hessian.copy_(averaged_hessian(hessian, estimate, prior, settings, count))
+        averaged_hessian(hessian, estimate, prior, settings, count)
         if settings.preconditioner == "posterior":
-            ascent = pull.add_(momentum, alpha=1 / debias(settings.beta1, count))
-            unit, root = settings.hess_init + prior.precision, hessian + prior.precision
+            ascent = pull.add_(momentum, alpha=1 / debias(settings.beta1, count)).div_(hessian + prior.precision)
+            unit = settings.hess_init + prior.precision
         else:
-            squares = torch.add(gradient, pull).square_()
-            for stack, factors in zip(stacks(squares, state.shapes[name]), state.second_moment[name], strict=True):
-                for factor, new in zip(factors, means(stack), strict=True):
-                    factor.lerp_(new, 1 - settings.beta3)
-                root_of(factors, debias(settings.beta3, count), out=stack)
-            root = squares.add_(TINY)
-            ahead = settings.beta1 / debias(settings.beta1, count + 1)
-            ascent = pull.add_(momentum, alpha=ahead)
+            squares = torch.add(gradient, pull, out=estimate).square_()
+            ascent = pull.add_(momentum, alpha=settings.beta1 / debias(settings.beta1, count + 1))
             ascent.add_(gradient, alpha=(1 - settings.beta1) / debias(settings.beta1, count))
+            pieces = zip(stacks(squares, state.shapes[name]), stacks(ascent, state.shapes[name]), strict=True)
+            for (square, piece), factors in zip(pieces, state.second_moment[name], strict=True):
+                for factor, new in zip(factors, means(square), strict=True):
+                    factor.lerp_(new, 1 - settings.beta3)
+                for root in roots_of(factors, debias(settings.beta3, count)):
+                    piece.div_(root)
             unit = prior_scale(prior, settings.num_data)
-        direction = ascent.div_(root)
+        direction = ascent
         if math.isfinite(settings.clip_radius):
             direction.clamp_(-settings.clip_radius, settings.clip_radius)
-        m.sub_(direction.mul_(unit), alpha=learning_rate)
+        m.addcmul_(direction, as_tensor(unit, m), value=-learning_rate)
     return replace(state, count=count)
 
 
@@ -249,13 +261,15 @@ def means(squares: Tensor) -> tuple[Tensor, ...]:
     return squares.mean(-1, keepdim=True), squares.mean(-2, keepdim=True)
 
 
-def root_of(factors: tuple[Tensor, ...], known: float, out: Tensor) -> Tensor:
-    """√v = √R √Cᵀ / √mean(R), of averages that are `known` times what they are of."""
+def roots_of(factors: tuple[Tensor, ...], known: float) -> list[Tensor]:
+    """√(R / mean(R)) and √C, whose product is √v, of averages that are `known` times what they are of."""
     if len(factors) == 1:
-        return torch.div(factors[0], known, out=out).sqrt_()
-    rows, columns = factors
-    average = rows.mean(-2, keepdim=True).clamp_min_(torch.finfo(rows.dtype).tiny)
-    return torch.mul((rows / (average * known)).sqrt_(), columns.sqrt(), out=out)
+        squares = [factors[0] / known]
+    else:
+        rows, columns = factors
+        average = rows.mean(-2, keepdim=True).clamp_min_(torch.finfo(rows.dtype).tiny)
+        squares = [rows / average, columns / known]
+    return [square.sqrt_().clamp_min_(TINY) for square in squares]
 
 
 def debias(memory: float, count: int) -> float:
@@ -273,8 +287,8 @@ def kl_divergence(loc: Tensor, scale: Tensor, prior: Prior, num_data: float) -> 
     log_scale, size = scale.log().sum(), loc.numel()
     if not prior.known:
         return -log_scale - 0.5 * size * (math.log(2 * math.pi) + 1)
-    precision = torch.as_tensor(num_data * prior.precision, dtype=loc.dtype, device=loc.device)
-    expected = weighted_square(loc - prior.loc, precision) + weighted_square(scale, precision)
+    precision = as_tensor(num_data * prior.precision, loc)
+    expected = weighted_square(offset_from(loc, prior.loc), precision) + weighted_square(scale, precision)
     return 0.5 * (expected - size * (1 + precision.log().mean())) - log_scale
 
 
@@ -283,3 +297,13 @@ def weighted_square(x: Tensor, weight: Tensor) -> Tensor:
     weighted, x = (x if weight.ndim == 0 else weight * x).reshape(-1), x.reshape(-1)
     total = torch.dot(weighted, x)
     return weight * total if weight.ndim == 0 else total
+
+
+def offset_from(m: Tensor, loc: Tensor | float) -> Tensor:
+    """m − m₀, not to be written to: where m₀ is the number 0, as that of every matrix, it is m."""
+    return m if isinstance(loc, float) and loc == 0 else m - loc
+
+
+def as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
+    """A number as a tensor on the device of another, without waiting for it."""
+    return value if isinstance(value, Tensor) else like.new_full((), value)

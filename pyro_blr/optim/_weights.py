@@ -363,18 +363,20 @@ def statistics(
     settings: Settings,
     temperature: float,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, ĝ, ĥ) of each part, from the gradients of the loss at the draws, which are used up."""
+    """(name, ĝ, ĥ) of each part, from the draws and the gradients of the loss there, both of which are used up."""
+    share = 1 / len(draws)  # ELBOs average over particles
     for name, m in state.loc.items():
-        slope, hessian = _ivon.surrogate(state, name, settings)
-        sums = []
-        for draw, at_draw in zip(draws, gradients, strict=True):
-            offset, slope_at_draw = draw[name].value - m, at_draw.pop(name).div_(settings.num_data)
-            surrogate, share = torch.addcmul(slope, hessian, offset), 1 / len(draws)  # ELBOs average over particles
-            product = torch.sub(slope_at_draw, surrogate, alpha=share, out=surrogate).mul_(offset)
-            sums.append((slope_at_draw, product))
-        gradient, product = (sum(terms[1:], start=terms[0]) for terms in zip(*sums, strict=True))
+        offsets = [draw.pop(name).value.sub_(m) for draw in draws]
+        slopes = [at_draw.pop(name).div_(settings.num_data) for at_draw in gradients]
+        products = [
+            _ivon.residual(slope, offset, state, name, share, settings).mul_(offset)
+            for slope, offset in zip(slopes, offsets, strict=True)
+        ]
+        gradient, product = (sum(terms[1:], start=terms[0]) for terms in (slopes, products))
         precision = _ivon.precision_of(state.hessian[name], priors[name], settings.num_data, temperature)
-        yield name, gradient, _ivon.curvature(product, precision, hessian)
+        estimate = _ivon.curvature(product, precision, state.hessian[name], settings)
+        del offsets, slopes, products, product, precision  # before the step asks for memory of its own
+        yield name, gradient, estimate
 
 
 def scale(state: State, priors: Mapping[str, Prior], settings: Settings, temperature: float, name: str) -> Tensor:
