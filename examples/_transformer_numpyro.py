@@ -24,6 +24,8 @@ from numpyro.contrib.module import random_flax_module
 from numpyro.infer import SVI, Trace_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoNormal
 
+numpyro.enable_validation(False)  # it looks at every value in a computation of its own
+
 __all__ = ["RUNS", "Run", "Transformer", "find_device"]
 
 # the weights at the start come from `initial_weights`; what flax would draw is not even compiled
@@ -109,7 +111,8 @@ class Run(ABC):
     state: Any
 
     def __init__(self, config: Config) -> None:
-        self.config, self.net = config, Transformer(config)
+        # the host runs a model once before anything is compiled; the network is one computation there all the same
+        self.config, self.net = config, nn.jit(Transformer)(config)
         tokens = jnp.zeros((1, config.context), jnp.int32)
         self.shapes = jax.eval_shape(self.net.init, jax.random.key(0), tokens)["params"]
 
@@ -257,6 +260,7 @@ class IVON(Run):
         self.svi = SVI(model, guide, optimizer, Trace_ELBO())
         tokens = jnp.zeros((1, config.context), jnp.int32)
         self.state = self.svi.init(jax.random.key(config.seed), tokens, tokens)
+        jax.clear_caches()  # of hundreds of small computations, which nothing needs again
         self._update = jax.jit(self.svi.update, donate_argnums=0)
 
     def step(self, inputs: np.ndarray, targets: np.ndarray) -> Array:

@@ -310,11 +310,11 @@ class NumPyroBridge(Bridge):
     def ivon_step(self, state: Any, gradient: dict, estimate: dict, priors: dict, rate: float, settings: Any) -> Any:
         """A step of the rule from ĝ and ĥ, compiled by itself."""
         arrays = [{name: self.array(value) for name, value in values.items()} for values in (gradient, estimate)]
-        return self._ivon_step(state, *arrays, priors, self.array(rate), settings)
+        return self._ivon_step(state, *arrays, self.xp.asarray(True), priors, self.array(rate), settings)
 
     @cached_property
     def _ivon_step(self) -> Callable:
-        return self.jax.jit(self.ivon.step, static_argnums=5)
+        return self.jax.jit(self.ivon.step, static_argnums=6)
 
     def ivon_unknown_prior(self) -> Any:
         """Of a site whose prior's term stays in the loss."""

@@ -81,7 +81,7 @@ DIFFERENCES = {
     "optim/_ivon.py": {
         # tensors are written in place, and a part of a network is several of them
         "__all__", "Prior.known", "State", "as_tensor", "average", "curvature", "debias", "init", "offset_from",
-        "residual", "stacks", "step", "surrogate", "weighted_square", "Shapes",
+        "residual", "stacks", "step", "surrogate", "there", "weighted_square", "Shapes",
     },
     "optim/ivon.py": {
         # the optimizer's interface, which is the host's, and how the host runs on several devices

@@ -34,13 +34,15 @@ Paper's symbols: N = `num_data`, h = `hessian`, ḡ = `momentum`, α = `learning
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from ._gaussian import select
 
 __all__ = [
     "Prior",
@@ -184,34 +186,58 @@ def step(
     state: State,
     gradient: Mapping[str, Array],
     estimate: Mapping[str, Array],
+    usable: Array,
     priors: Mapping[str, Prior],
     learning_rate: Array | float,
     settings: Settings,
 ) -> State:
-    """One step of every site from ĝ = `gradient` and ĥ = `estimate`, of the part of ℓ̄ that the priors are not."""
-    count = state.count + 1
-    loc, momentum, hessian, second_moment = {}, {}, {}, {}
-    for name, m in state.loc.items():
-        dtype, prior = m.dtype, priors[name]
+    """One step of every site from ĝ = `gradient` and ĥ = `estimate`, of the part of ℓ̄ that the priors are not.
+
+    Where they are not `usable`, everything stays as it is. Site after site, and h before m before ḡ: each is written
+    over when nobody is going to read it (`there`).
+    """
+    count, ready = state.count + 1, usable
+    loc, momentum, hessian, second_moment = dict(state.loc), dict(state.momentum), dict(state.hessian), {}
+    for name, prior in priors.items():
+        m, h, g_average = loc[name], hessian[name], momentum[name]
+        h_estimate = jnp.where(ready, estimate[name], h)
+        hessian[name] = jnp.where(ready, averaged_hessian(h, h_estimate, prior, settings, count), h)
+        ready &= there(hessian[name])
+
+        g, dtype = jnp.where(ready, gradient[name], 0), m.dtype
         pull = prior.precision * (m - prior.loc)
-        momentum[name] = average(state.momentum[name], gradient[name], settings.beta1)
-        hessian[name] = averaged_hessian(state.hessian[name], estimate[name], prior, settings, count)
+        momentum[name] = average(g_average, g, settings.beta1)
         if settings.preconditioner == "posterior":
             ascent = momentum[name] / debias(settings.beta1, count, dtype) + pull
             unit, root = settings.hess_init + prior.precision, hessian[name] + prior.precision
         else:
-            squares = means((gradient[name] + pull) ** 2)
-            second_moment[name] = jax.tree.map(
-                lambda old, new: average(old, new, settings.beta3), state.second_moment[name], squares
+            moments = tuple(
+                average(old, new, settings.beta3)
+                for old, new in zip(state.second_moment[name], means((g + pull) ** 2), strict=True)
             )
+            second_moment[name] = select(usable, moments, state.second_moment[name])
             ahead = settings.beta1 * momentum[name] / debias(settings.beta1, count + 1, dtype)
-            ascent = ahead + (1 - settings.beta1) * gradient[name] / debias(settings.beta1, count, dtype) + pull
+            ascent = ahead + (1 - settings.beta1) * g / debias(settings.beta1, count, dtype) + pull
             unit = prior_scale(prior, settings.num_data)
-            roots = roots_of(second_moment[name], debias(settings.beta3, count, dtype))
+            roots = roots_of(moments, debias(settings.beta3, count, dtype))
             root = math.prod(roots, start=jnp.ones((), dtype)).reshape(m.shape)
         direction = unit * jnp.clip(ascent / root, -settings.clip_radius, settings.clip_radius)
-        loc[name] = (m - learning_rate * direction).astype(dtype)
+        loc[name] = jnp.where(ready, (m - learning_rate * direction).astype(dtype), m)
+        ready &= there(loc[name])
+        momentum[name] = jnp.where(ready, momentum[name], g_average)
+        ready &= there(momentum[name])
+    count = jnp.where(usable, count, state.count)
     return replace(state, count=count, loc=loc, momentum=momentum, hessian=hessian, second_moment=second_moment)
+
+
+def there(value: Array) -> Array:
+    """Whether the first number of `value` is one. It is; but whatever depends on that comes after `value`.
+
+    XLA on its own computes what it can as early as it can, holds all of it at once, and keeps a copy of what would be
+    written over too early. `jax.lax.optimization_barrier` is gone by the time it decides.
+    """
+    first = value.ravel()[0]
+    return first == first
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -228,7 +254,7 @@ def means(squares: Array) -> tuple[Array, ...]:
     return matrix.mean(1, keepdims=True), matrix.mean(0, keepdims=True)
 
 
-def roots_of(factors: tuple[Array, ...], known: Array) -> list[Array]:
+def roots_of(factors: Sequence[Array], known: Array) -> list[Array]:
     """√(R / mean(R)) and √C, whose product is √v, of averages that are `known` times what they are of."""
     if len(factors) == 1:
         squares = [factors[0] / known]

@@ -20,12 +20,13 @@ from numpyro.handlers import block, replay, seed, substitute, trace
 from numpyro.infer import SVI
 from numpyro.primitives import Messenger
 
-from ._ivon import Prior, Weights
+from ._ivon import Prior, Weights, there
 from ._layout import Layout, Site, subsampled, unwrap
 
 __all__ = ["LogDensity", "Perturb", "check_layout", "placeholders", "survey"]
 
-CHUNK = 2**20  # numbers that are drawn in one go
+CHUNK = 2**18  # numbers that are drawn in one go
+GROUPS = 32  # of sites whose noise is one array
 
 
 def check_layout(layout: Layout) -> None:
@@ -162,7 +163,7 @@ perturbed.defvjp(_perturbed_forward, _perturbed_backward)
 
 @jax.custom_vjp
 def without(value: Array, loc: Array, stretch: Array, slope: Array, curvature: Array) -> Array:
-    """0, with the gradient of −⟨a, w⟩ with respect to w and of −½ b (w − m)² to r: its value, nobody asks for."""
+    """0, with the gradient of −⟨a, w − m⟩ − ½ b (w − m)² with respect to r alone: its value, nobody asks for."""
     return 0 * value.reshape(-1)[0]  # of the value, so that every particle has its own under vmap
 
 
@@ -172,9 +173,9 @@ def _without_forward(value: Array, loc: Array, stretch: Array, slope: Array, cur
 
 def _without_backward(saved: tuple, cotangent: Array) -> tuple:
     value, loc, slope, curvature = saved
-    along = -cotangent * jnp.broadcast_to(slope, value.shape)
-    stretched = -cotangent * curvature * (value - loc) ** 2
-    return along, jnp.zeros_like(loc), stretched, jnp.zeros_like(slope), jnp.zeros_like(curvature)
+    offset = value - loc
+    stretched = -cotangent * (slope + curvature * offset) * offset
+    return (*map(jnp.zeros_like, (value, loc)), stretched, *map(jnp.zeros_like, (slope, curvature)))
 
 
 without.defvjp(_without_forward, _without_backward)
@@ -183,12 +184,12 @@ without.defvjp(_without_forward, _without_backward)
 class Perturb(Messenger):
     """Gives each site of the guide the value w = m + σ ε; its log q, and the terms of `known` priors, leave the loss.
 
-    `stretch` is r = 0 for each weight, for the gradient with respect to (1 + r) σ. Of a site's `surrogate` (a, b), the
-    gradient of ⟨a, w⟩ + ½ b (w − m)² is taken from that of the loss.
+    `stretch` is r = 0 for each weight, for the gradient with respect to (1 + r) σ, from which that of ⟨a, w − m⟩ +
+    ½ b (w − m)² is taken, with a site's `surrogate` (a, b).
 
-    ε of all sites is one array, cut into theirs, which compiles in half the time of one generator for each. It is a
-    function of the key that the host gives the first site, so that particles have draws of their own, and of the
-    position on `axis_name`, so that workers have.
+    ε of a group of sites is one array, cut into theirs: a generator for each takes twice as long to compile, and one
+    for all a copy of the weights. It is a function of the key that the host gives the first of them, so that particles
+    have draws of their own, and of the position on `axis_name`, so that workers have.
     """
 
     def __init__(
@@ -206,7 +207,9 @@ class Perturb(Messenger):
         self.loc, self.stretch, self.scale, self.surrogate = loc, stretch, scale, surrogate
         self.known = known
         self.axis_name = axis_name
-        self.noise: Weights = {}  # of the sites that are yet to be drawn
+        self.groups = grouped({name: array.size for name, array in loc.items()})
+        self.noise: Weights = {}  # of sites that are yet to be drawn
+        self.latest = jnp.zeros(())  # what was drawn last
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] != "sample" or msg["name"] not in self.sites:
@@ -220,8 +223,8 @@ class Perturb(Messenger):
         _, transforms = unwrap(msg["fn"])
         loc, stretch = self.loc[site.name], self.stretch[site.name]
         if site.name not in self.noise:
-            self.noise = self._all_noise(msg["kwargs"]["rng_key"])
-        value = perturbed(loc, stretch, self.scale[site.name] * self.noise.pop(site.name))
+            self.noise |= self._noise_of_group(site.name, msg["kwargs"]["rng_key"])
+        self.latest = value = perturbed(loc, stretch, self.scale[site.name] * self.noise.pop(site.name))
         log_density = jnp.zeros(msg["fn"].batch_shape, loc.dtype)
         event_shape, share = msg["fn"].event_shape, without(value, loc, stretch, *self.surrogate[site.name])
         log_density += share / max(1, log_density.size)
@@ -231,21 +234,42 @@ class Perturb(Messenger):
             log_density = log_density - sum_rightmost(jacobian, jacobian.ndim - log_density.ndim)
         msg["value"], msg["fn"], msg["intermediates"] = value, LogDensity(log_density, event_shape), []
 
-    def _all_noise(self, rng_key: Array) -> Weights:
-        """ε of every site."""
+    def _noise_of_group(self, first: str, rng_key: Array) -> Weights:
+        """ε of the sites that share an array with the `first` of them, made once what was drawn before is there."""
         if self.axis_name is not None:
             rng_key = random.fold_in(rng_key, jax.lax.axis_index(self.axis_name))
-        ends = np.cumsum([loc.size for loc in self.loc.values()])
-        pieces = jnp.split(normals(rng_key, int(ends[-1]), jnp.result_type(*self.loc.values())), ends[:-1])
+        names = next(group for group in self.groups if first in group)
+        locs = [self.loc[name] for name in names]
+        ends = np.cumsum([loc.size for loc in locs])
+        zero = jnp.where(there(jax.lax.stop_gradient(self.latest)), 0, jnp.nan).astype(jnp.result_type(*locs))
+        pieces = jnp.split(normals(rng_key, int(ends[-1]), zero), ends[:-1])
         return {
             name: piece.reshape(loc.shape).astype(loc.dtype)
-            for (name, loc), piece in zip(self.loc.items(), pieces, strict=True)
+            for name, piece, loc in zip(names, pieces, locs, strict=True)
         }
 
 
-def normals(rng_key: Array, size: int, dtype: Any) -> Array:
-    """ε, [size]. The host's generator takes four times the memory of its result: many are made chunk by chunk."""
+def grouped(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Names, in order, in groups of about the same size together: some `GROUPS`, or as few as `CHUNK` allows."""
+    groups: list[list[str]] = []
+    limit, room = max(CHUNK, sum(sizes.values()) // GROUPS), 0
+    for name, size in sizes.items():
+        if size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def normals(rng_key: Array, size: int, zero: Array) -> Array:
+    """ε, [size], chunk by chunk, put into zeros: the host's generator takes four times the memory of its result."""
     if size <= CHUNK:
-        return random.normal(rng_key, (size,), dtype)
-    keys = random.split(rng_key, -(-size // CHUNK))
-    return jax.lax.map(lambda key: random.normal(key, (CHUNK,), dtype), keys).reshape(-1)[:size]
+        return random.normal(rng_key, (size,), zero.dtype)
+
+    def fill(number: int, noise: Array) -> Array:
+        chunk = random.normal(random.fold_in(rng_key, number), (CHUNK,), zero.dtype)
+        return jax.lax.dynamic_update_slice(noise, chunk, (number * CHUNK,))
+
+    num_chunks = -(-size // CHUNK)
+    return jax.lax.fori_loop(0, num_chunks, fill, jnp.broadcast_to(zero, (num_chunks * CHUNK,)))[:size]

@@ -194,29 +194,29 @@ class IVON(_NumPyroOptim):
         point = (weights.loc, jax.tree.map(jnp.zeros_like, weights.loc), opt_state.params)
         if self.axis_name is not None:
             point = _varying(point, self.axis_name)
-        (loss, aux), (slope, product, g_own) = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)(*point)
+        (loss, aux), (gradient, product, g_own) = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)(*point)
         g_own = jax.tree.map(lambda g: settings.num_data * g, g_own)  # of the loss itself, as the host would hand it on
-        gradient = {name: slope[name] + surrogate[name][0] for name in slope}
-        estimate = {name: _ivon.curvature(product[name], scales[name] ** -2, surrogate[name][1]) for name in slope}
+        estimate = {name: self._curvature(opt_state, name, product[name], surrogate[name][1]) for name in product}
         if self.axis_name is not None:
             loss, gradient, estimate, g_own = jax.lax.pmean((loss, gradient, estimate, g_own), self.axis_name)
-        # one sum, since XLA is slow at reducing what `isfinite` says of each element; ĥ is finite where ĝ is
-        total = loss + sum(jnp.sum(value) for value in gradient.values())
-        usable = all_finite(total, g_own)
-
-        updated = self._updated(opt_state, gradient, estimate, g_own, loss)
-        refused = replace(opt_state, weights=replace(weights, skipped=weights.skipped + 1))
-        divergence = sum(
-            _ivon.kl_divergence(weights.loc[name], scales[name], opt_state.priors[name], settings.num_data)
-            for name in scales
-        )
-        loss = settings.num_data * loss + divergence
-        return (loss, aux), (count + 1, select(usable, updated, refused))
+        divergence = self._divergence(opt_state)
+        # sums, since XLA is slow at reducing what `isfinite` says of each element, in an array, or it would work all of
+        # this out for every weight again; ĥ is finite where ĝ is
+        sums = jnp.stack([loss, divergence, *(jnp.sum(value) for value in gradient.values())])
+        usable = all_finite(sums, g_own)
+        next_state = self._updated(opt_state, gradient, estimate, g_own, loss, usable)
+        return (settings.num_data * loss + divergence, aux), (count + 1, next_state)
 
     def _updated(
-        self, opt_state: IVONState, gradient: Weights, estimate: Weights, g_own: dict[str, Any], loss: Array
+        self,
+        opt_state: IVONState,
+        gradient: Weights,
+        estimate: Weights,
+        g_own: dict[str, Any],
+        loss: Array,
+        usable: Array,
     ) -> IVONState:
-        """The next state: a step, or one more update on the way to it."""
+        """The next state: a step, or one more update on the way to it; where it is not `usable`, one more skipped."""
         weights, sums, steps = opt_state.weights, opt_state.sums, self.accumulation_steps
         updates = opt_state.updates + 1
         if steps > 1:
@@ -225,7 +225,8 @@ class IVON(_NumPyroOptim):
 
         def advance(_: None) -> tuple[State, tuple[Weights, Weights]]:
             rate = self.learning_rate(weights.count) if callable(self.learning_rate) else self.learning_rate
-            moved = _ivon.step(weights, gradient, estimate, opt_state.priors, rate, opt_state.settings)
+            priors, settings = opt_state.priors, opt_state.settings
+            moved = _ivon.step(weights, gradient, estimate, usable, priors, rate, settings)
             return moved, jax.tree.map(jnp.zeros_like, sums)
 
         if steps > 1:
@@ -236,6 +237,9 @@ class IVON(_NumPyroOptim):
         if jax.tree.leaves(own):
             others = self.others.update(g_own, others, loss)
             own = self.others.get_params(others)
+        weights = replace(weights, skipped=weights.skipped + jnp.where(usable, 0, 1))
+        before = (opt_state.sums, opt_state.updates, opt_state.params, opt_state.others)
+        sums, updates, own, others = select(usable, (sums, updates, own, others), before)
         return replace(opt_state, weights=weights, sums=sums, updates=updates, params=own, others=others)
 
     def eval_and_stable_update(
@@ -246,13 +250,30 @@ class IVON(_NumPyroOptim):
         used = next_state[1].skipped == state[1].skipped
         return (jnp.where(used, loss, jnp.nan), aux), next_state
 
+    def _temperature(self, opt_state: IVONState) -> Array | float:
+        return self.temperature(opt_state.weights.count) if callable(self.temperature) else self.temperature
+
     def _scales(self, opt_state: IVONState) -> Weights:
-        weights, num_data = opt_state.weights, opt_state.settings.num_data
-        temperature = self.temperature(weights.count) if callable(self.temperature) else self.temperature
+        num_data, temperature = opt_state.settings.num_data, self._temperature(opt_state)
         return {
             name: _ivon.scale_of(hessian, opt_state.priors[name], num_data, temperature)
-            for name, hessian in weights.hessian.items()
+            for name, hessian in opt_state.weights.hessian.items()
         }
+
+    def _curvature(self, opt_state: IVONState, name: str, product: Array, hessian: Array) -> Array:
+        num_data, temperature = opt_state.settings.num_data, self._temperature(opt_state)
+        own, prior = opt_state.weights.hessian[name], opt_state.priors[name]
+        return _ivon.curvature(product, _ivon.precision_of(own, prior, num_data, temperature), hessian)
+
+    def _divergence(self, opt_state: IVONState) -> Array:
+        """KL(q ‖ prior), site after site, so that the terms of one alone are there at a time."""
+        weights, num_data = opt_state.weights, opt_state.settings.num_data
+        total = jnp.zeros(())
+        for name, prior in opt_state.priors.items():
+            hessian = jnp.where(_ivon.there(total), weights.hessian[name], jnp.nan)
+            scale = _ivon.scale_of(hessian, prior, num_data, self._temperature(opt_state))
+            total += _ivon.kl_divergence(weights.loc[name], scale, prior, num_data)
+        return total
 
 
 def _varying(tree: Any, axis_name: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import subprocess
@@ -209,11 +210,52 @@ def test_single_precision_stays_single_and_the_forward_pass_may_be_half(numpyro_
 def test_noise_in_chunks_is_standard_normal(monkeypatch, size):
     """Less than a chunk, and many with a rest: as many numbers as asked for, none of them twice."""
     monkeypatch.setattr(_weights, "CHUNK", 128)
-    noise = np.asarray(_weights.normals(jax.random.key(0), size, "float64"))
+    noise = np.asarray(_weights.normals(jax.random.key(0), size, jnp.zeros((), "float64")))
     assert noise.shape == (size,)
     assert len(np.unique(noise)) == size
     assert abs(noise.mean()) < 4 / size**0.5
     assert abs((noise**2).mean() - 1) < 4 * (2 / size) ** 0.5
+
+
+def test_sites_in_groups_of_their_own_have_noise_of_their_own(monkeypatch):
+    """Groups of one site, of two, of one over several chunks: no number twice, and none of two particles."""
+    monkeypatch.setattr(_weights, "CHUNK", 16)
+    shapes = {"a": (12,), "b": (3, 3), "c": (2,), "d": (5, 10)}
+    assert _weights.grouped({name: math.prod(shape) for name, shape in shapes.items()}) == [["a"], ["b", "c"], ["d"]]
+    seen = []
+
+    def model():
+        values = [numpyro.sample(name, dist.Normal(jnp.zeros(shape)).to_event()) for name, shape in shapes.items()]
+        weights = jnp.concatenate([value.ravel() for value in values])
+        jax.debug.callback(seen.append, weights)
+        numpyro.sample("y", dist.Normal(weights.sum(), 1.0), obs=jnp.zeros(()))
+
+    svi = SVI(model, AutoNormal(model), IVON(), Trace_ELBO(num_particles=2))
+    state = svi.init(jax.random.key(0))
+    seen.clear()
+    mean = np.concatenate([np.ravel(svi.get_params(state)[f"{name}_auto_loc"]) for name in shapes])
+    jax.block_until_ready(jax.jit(svi.update)(state))
+    noise = np.concatenate([np.asarray(weights) - mean for weights in seen])
+    assert noise.shape == (2 * 73,) and len(np.unique(noise)) == 2 * 73
+
+
+def test_a_step_holds_the_draw_and_the_gradient_and_little_else(monkeypatch):
+    """In copies of the weights, beside the state: XLA is not to copy what is written over, nor to start everything."""
+    width, layers = 128, 8
+    monkeypatch.setattr(_weights, "CHUNK", width**2 // 4)
+
+    def model(x, y):
+        for layer in range(layers):
+            x = jnp.tanh(x @ numpyro.sample(f"w{layer}", dist.Normal(0, 0.1).expand([width, width]).to_event(2)))
+        numpyro.sample("y", dist.Normal(x, 1.0).to_event(2), obs=y)
+
+    svi = SVI(model, AutoNormal(model), IVON(), Trace_ELBO())
+    data = 2 * [jnp.ones((1, width))]
+    state = svi.init(jax.random.key(0), *data)
+    step = jax.jit(svi.update, donate_argnums=0).lower(state, *data).compile()
+    weights = svi.get_params(state)
+    copy = sum(weights[f"w{layer}_auto_loc"].nbytes for layer in range(layers))
+    assert step.memory_analysis().temp_size_in_bytes < 2 * copy
 
 
 # ---------------------------------------------------------------------------------------------------------------------
