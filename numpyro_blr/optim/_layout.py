@@ -413,6 +413,15 @@ def natural_rows(natural: Natural, event_dim: int, frames: list[tuple[int, int, 
     return type(natural)(*(rows_of(leaf, rank + event_dim, frames) for leaf, rank in leaves))
 
 
+WANTED = {  # by rule: sites, and guides that have them
+    "BLR": (
+        "sites of exponential families (Normal, MultivariateNormal, Delta, Gamma, Beta, Dirichlet, Categorical, ...)",
+        "AutoNormal, AutoMultivariateNormal or AutoExponentialFamily",
+    ),
+    "IVON": ("sites that are independent Normals", "AutoNormal or AutoDiagonalNormal"),
+}
+
+
 def _report(layout: Layout, guide_trace: dict, params: Mapping[str, Any], rule: str) -> None:
     sites = {
         name: unwrap(message["fn"])[0]
@@ -421,11 +430,10 @@ def _report(layout: Layout, guide_trace: dict, params: Mapping[str, Any], rule: 
     }
     if not layout.sites and not layout.members:
         described = ", ".join(f"'{name}': {type(fn).__name__}" for name, fn in sites.items()) or "no site at all"
+        sites_of_rule, guides_of_rule = WANTED[rule]
         raise ValueError(
-            f"{rule} expected a guide with sites of exponential families (Normal, MultivariateNormal, Delta, Gamma, "
-            "Beta, Dirichlet, Categorical, ...) whose parameters are parameters; the guide has "
-            f"{described}. Use AutoNormal, AutoMultivariateNormal or AutoExponentialFamily, or numpyro.optim.Adam for "
-            "this guide."
+            f"{rule} expected a guide with {sites_of_rule} whose parameters are parameters; the guide has {described}. "
+            f"Use {guides_of_rule}, or numpyro.optim.Adam for this guide."
         )
     others = [name for name in layout.others if jax.tree.leaves(params[name])]  # a module's shapes alone need no one
     if others:

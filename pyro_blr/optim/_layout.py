@@ -444,17 +444,25 @@ def _identity(constraint: Any) -> bool:
     )
 
 
+WANTED = {  # by rule: sites, and guides that have them
+    "BLR": (
+        "sites of exponential families (Normal, MultivariateNormal, Delta, Gamma, Beta, Dirichlet, Categorical, ...)",
+        "AutoNormal, AutoMultivariateNormal or AutoExponentialFamily",
+    ),
+    "IVON": ("sites that are independent Normals", "AutoNormal or AutoDiagonalNormal"),
+}
+
+
 def _report(layout: Layout, probe: Probe, rule: str, alone: bool) -> None:
     if alone and not layout.sites and not layout.members:
         described = (
             ", ".join(f"'{name}': {type(unwrap(msg['fn'])[0]).__name__}" for name, msg in probe.samples.items())
             or "no site at all"
         )
+        sites_of_rule, guides_of_rule = WANTED[rule]
         raise ValueError(
-            f"{rule} expected a guide with sites of exponential families (Normal, MultivariateNormal, Delta, Gamma, "
-            "Beta, Dirichlet, Categorical, ...) whose parameters are parameters; the guide has "
-            f"{described}. Use AutoNormal, AutoMultivariateNormal or AutoExponentialFamily, or pyro.optim.Adam for "
-            "this guide."
+            f"{rule} expected a guide with {sites_of_rule} whose parameters are parameters; the guide has {described}. "
+            f"Use {guides_of_rule}, or pyro.optim.Adam for this guide."
         )
     if layout.others:
         warnings.warn(

@@ -662,7 +662,7 @@ def positive_plated(host):
 MODEL = observed(plated)
 REFUSED = {
     "full rank": (MODEL, GUIDES["AutoMultivariateNormal"], r"mean-field guide.*is different.*AutoNormal"),
-    "a point": (MODEL, GUIDES["AutoDelta"], r"IVON expected a guide.*'z': Delta.*AutoNormal"),
+    "a point": (MODEL, GUIDES["AutoDelta"], r"with sites that are independent Normals.*'z': Delta.*AutoDiagonalNormal"),
     "another family": (positive_plated, gamma_guide, r"mean-field guide.*'z' is different.*AutoNormal"),
     "no data": (no_data, MEAN_FIELD.make, r"no data.*obs=.*BLR"),
     "local latents": (local_latents, local_guide, r"the latent site 'z' is scaled or lies in a subsampled.*BLR"),
