@@ -165,7 +165,7 @@ def moments(pool: Pool, blocks: tuple[Block, ...], loc: Array, scales: tuple[Any
     excess = jnp.where(regular, centred @ scaled(blocks, scales, excess), 0)  # (Σ − M_v) M⁻¹ c
 
     hessian = jnp.einsum("j,jab->ab", regressed, hessians)
-    cubic = jnp.einsum("jab,jb->ja", hessians - hessian, excess) / 2
+    cubic = (jnp.einsum("jab,jb->ja", hessians, excess) - excess @ hessian) / 2
     quadratic = gradients - shifts @ hessian
     weighted = weights[:, None]
     terms = regressed[:, None] * quadratic + weighted * cubic

@@ -145,7 +145,8 @@ def moments(pool: Pool, blocks: tuple[Block, ...], loc: Tensor, scales: tuple[An
             excess = slopes @ (identity - _second_moment(regressed, noise))
 
     hessian = torch.einsum("kp,kpij->ij", regressed, pool.hessians)
-    cubic = torch.einsum("kpij,kpj->kpi", pool.hessians - hessian, scaled(blocks, scales, excess)) / 2
+    excess = scaled(blocks, scales, excess)
+    cubic = (torch.einsum("kpij,kpj->kpi", pool.hessians, excess) - excess @ hessian) / 2
     quadratic = pool.gradients - (pool.points - loc) @ hessian
     terms = regressed[..., None] * quadratic + weights[..., None] * cubic
     gradient = terms.sum((0, 1))
