@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -82,6 +82,23 @@ class Transformer(nn.Module):
             x = self.norm(x)
             logits = F.linear(x, self.tokens.weight) if self.head is None else self.head(x)
         return logits.float()
+
+
+class NextToken(dist.TorchDistribution):
+    """A Categorical with torch's cross-entropy for its density: one pass over the logits, where that makes several."""
+
+    arg_constraints: ClassVar[dict] = {}
+    support = dist.constraints.nonnegative_integer
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        super().__init__(logits.shape[:-1], validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return -F.cross_entropy(self.logits.flatten(0, -2), value.flatten(), reduction="none").view(value.shape)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return dist.Categorical(logits=self.logits).sample(sample_shape)
 
 
 def find_device(wanted: str | None) -> str:
@@ -222,7 +239,7 @@ class IVON(Run):
         def model(inputs: Tensor, targets: Tensor) -> None:
             logits = self.bayesian(inputs)
             with pyro.poutine.scale(scale=config.num_data / inputs.numel()):  # a batch stands for all tokens
-                pyro.sample("tokens", dist.Categorical(logits=logits).to_event(2), obs=targets)
+                pyro.sample("tokens", NextToken(logits).to_event(2), obs=targets)
 
         self.guide = AutoWeights(model, self.bayesian)
         self.optimizer = Optimizer(learning_rate=schedule(config), accumulation_steps=config.accumulate)
