@@ -231,7 +231,7 @@ def step(
 
 
 def there(value: Array) -> Array:
-    """Whether the first number of `value` is one. It is; but whatever depends on that comes after `value`.
+    """Whether the first element of `value` is a number. It is; but what depends on that is computed after `value`.
 
     XLA on its own computes what it can as early as it can, holds all of it at once, and keeps a copy of what would be
     written over too early. `jax.lax.optimization_barrier` is gone by the time it decides.

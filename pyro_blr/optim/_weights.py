@@ -218,10 +218,15 @@ class LogDensity(TorchDistribution):
 
 
 class Drawn(NamedTuple):
-    """A part at a draw: w, and its tensors as the leaves in which their gradients arrive."""
+    """A part at a draw: w, its tensors as the leaves in which gradients arrive, and whether a model was `shown` it."""
 
     value: Tensor
     leaves: list[Tensor]
+    shown: bool
+
+    def take_offset(self, m: Tensor) -> Tensor:
+        """w − m, written over w where no model has seen it."""
+        return self.value - m if self.shown else self.value.sub_(m)
 
     def take_gradient(self) -> Tensor:
         """∇ of the loss with respect to w, once: zero for a weight that took no part in it."""
@@ -282,9 +287,8 @@ class Perturb(Messenger):
             torch.addcmul(self.loc[name], value, scale, out=value)
             for tensor in tensors:
                 leaves[tensor.name] = tensor.of(weights).detach().requires_grad_()
-            draw[name] = Drawn(
-                value, [leaves[tensor.name] for tensor in tensors] or [weights.detach().requires_grad_()]
-            )
+            own = [leaves[tensor.name] for tensor in tensors] or [weights.detach().requires_grad_()]
+            draw[name] = Drawn(value, own, shown=target.guide is None)
         if target.guide is None:
             return draw[target.site].leaves[0], divergence
         weights.leaves = leaves  # type: ignore[attr-defined]
@@ -366,7 +370,7 @@ def statistics(
     """(name, ĝ, ĥ) of each part, from the draws and the gradients of the loss there, both of which are used up."""
     share = 1 / len(draws)  # ELBOs average over particles
     for name, m in state.loc.items():
-        offsets = [draw.pop(name).value.sub_(m) for draw in draws]
+        offsets = [draw.pop(name).take_offset(m) for draw in draws]
         slopes = [at_draw.pop(name).div_(settings.num_data) for at_draw in gradients]
         products = [
             _ivon.residual(slope, offset, state, name, share, settings).mul_(offset)

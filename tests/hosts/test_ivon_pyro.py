@@ -304,6 +304,25 @@ def test_what_pyro_alone_can_ask_for_is_refused():
         SVI(model, AutoNormal(model), IVON(), vectorized).step()
 
 
+def test_a_draw_that_the_model_keeps_stays_as_it_was():
+    """The update is made in place, but not in what a model has been given."""
+    kept = []
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1))
+        kept.append((z, z.detach().clone()))
+        pyro.sample("y", dist.Normal(z, 0.5).to_event(1), obs=torch.ones(3, dtype=torch.float64))
+
+    svi = SVI(model, AutoNormal(model), IVON(), Trace_ELBO(num_particles=2))
+    svi.step()
+    kept.clear()  # where the guide starts, which it moves
+    for _ in range(3):
+        svi.step()
+    assert len(kept) == 6
+    for value, copied in kept:
+        assert_allclose(value.detach(), copied, rtol=0, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # Pyro's own use of TorchScript
 def test_a_compiled_loss_is_refused():
     """It would run the program that it has recorded, with the draws of the first step for ever."""
