@@ -196,7 +196,12 @@ class IVON(_NumPyroOptim):
             point = _varying(point, self.axis_name)
         (loss, aux), (gradient, product, g_own) = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)(*point)
         g_own = jax.tree.map(lambda g: settings.num_data * g, g_own)  # of the loss itself, as the host would hand it on
-        estimate = {name: self._curvature(opt_state, name, product[name], surrogate[name][1]) for name in product}
+        temperature = self._temperature(opt_state)
+        estimate = {}
+        for name, (_, hessian) in surrogate.items():
+            own, prior = weights.hessian[name], opt_state.priors[name]
+            precision = _ivon.precision_of(own, prior, settings.num_data, temperature)
+            estimate[name] = _ivon.curvature(product[name], precision, hessian)
         if self.axis_name is not None:
             loss, gradient, estimate, g_own = jax.lax.pmean((loss, gradient, estimate, g_own), self.axis_name)
         divergence = self._divergence(opt_state)
@@ -260,18 +265,13 @@ class IVON(_NumPyroOptim):
             for name, hessian in opt_state.weights.hessian.items()
         }
 
-    def _curvature(self, opt_state: IVONState, name: str, product: Array, hessian: Array) -> Array:
-        num_data, temperature = opt_state.settings.num_data, self._temperature(opt_state)
-        own, prior = opt_state.weights.hessian[name], opt_state.priors[name]
-        return _ivon.curvature(product, _ivon.precision_of(own, prior, num_data, temperature), hessian)
-
     def _divergence(self, opt_state: IVONState) -> Array:
         """KL(q ‖ prior), site after site, so that the terms of one alone are there at a time."""
         weights, num_data = opt_state.weights, opt_state.settings.num_data
-        total = jnp.zeros(())
+        total, temperature = jnp.zeros(()), self._temperature(opt_state)
         for name, prior in opt_state.priors.items():
             hessian = jnp.where(_ivon.there(total), weights.hessian[name], jnp.nan)
-            scale = _ivon.scale_of(hessian, prior, num_data, self._temperature(opt_state))
+            scale = _ivon.scale_of(hessian, prior, num_data, temperature)
             total += _ivon.kl_divergence(weights.loc[name], scale, prior, num_data)
         return total
 

@@ -79,6 +79,23 @@ def test_twenty_factored_steps_equal_the_reference(backend):
     assert halved > 20, "the test met steps that would have left the domain"
 
 
+def test_weights_without_a_gradient_stay_where_they_are(backend):
+    """A row, a column and a whole site of which no gradient was ever seen, at the prior's mean: 0/0 is no direction."""
+    gradient = {"some": np.ones((3, 4)), "none": np.zeros((2, 2)), "vector": np.array([1.0, 0.0])}
+    gradient["some"][1] = gradient["some"][:, 2] = 0.0
+    settings = backend.ivon.Settings(preconditioner="factored", **OPTIONS)
+    priors = {name: backend.ivon.Prior(backend.array(0.0), backend.array(0.05)) for name in gradient}
+    state = backend.ivon_init({name: np.zeros_like(value) for name, value in gradient.items()}, settings)
+    for _ in range(3):
+        estimate = {name: np.full_like(value, 0.2) for name, value in gradient.items()}
+        state = backend.ivon_step(state, gradient, estimate, priors, 0.1, settings)
+    for name, value in gradient.items():
+        loc = backend.to_numpy(state.loc[name])
+        assert np.isfinite(loc).all()
+        assert_array_equal(loc < 0, value > 0)
+        assert_array_equal(loc[value == 0], 0.0)
+
+
 @preconditioners
 def test_both_packages_take_the_same_steps_from_the_same_statistics(both, preconditioner):
     first, second = (run_rule(bridge, preconditioner, np.random.default_rng(4)) for bridge in both)
