@@ -22,11 +22,12 @@ from numpyro.primitives import Messenger
 
 from ._ivon import Prior, Weights, there
 from ._layout import Layout, Site, subsampled, unwrap
+from ._noise import materialised_normals
 
 __all__ = ["LogDensity", "Perturb", "check_layout", "placeholders", "survey"]
 
-CHUNK = 2**18  # numbers that are drawn in one go
 GROUPS = 32  # of sites whose noise is one array
+CHUNK = 2**18  # weights at which a group is full, if there are not more than `GROUPS` times as many
 
 
 def check_layout(layout: Layout) -> None:
@@ -209,7 +210,7 @@ class Perturb(Messenger):
         self.axis_name = axis_name
         self.groups = grouped({name: array.size for name, array in loc.items()})
         self.noise: Weights = {}  # of sites that are yet to be drawn
-        self.latest = jnp.zeros(())  # what was drawn last
+        self.latest = next(iter(loc.values()))  # what was drawn last
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] != "sample" or msg["name"] not in self.sites:
@@ -242,7 +243,7 @@ class Perturb(Messenger):
         locs = [self.loc[name] for name in names]
         ends = np.cumsum([loc.size for loc in locs])
         zero = jnp.where(there(jax.lax.stop_gradient(self.latest)), 0, jnp.nan).astype(jnp.result_type(*locs))
-        pieces = jnp.split(normals(rng_key, int(ends[-1]), zero), ends[:-1])
+        pieces = jnp.split(materialised_normals(rng_key, int(ends[-1]), zero), ends[:-1])
         return {
             name: piece.reshape(loc.shape).astype(loc.dtype)
             for name, piece, loc in zip(names, pieces, locs, strict=True)
@@ -260,16 +261,3 @@ def grouped(sizes: Mapping[str, int]) -> list[list[str]]:
         groups[-1].append(name)
         room -= size
     return groups
-
-
-def normals(rng_key: Array, size: int, zero: Array) -> Array:
-    """ε, [size], chunk by chunk, put into zeros: the host's generator takes four times the memory of its result."""
-    if size <= CHUNK:
-        return random.normal(rng_key, (size,), zero.dtype)
-
-    def fill(number: int, noise: Array) -> Array:
-        chunk = random.normal(random.fold_in(rng_key, number), (CHUNK,), zero.dtype)
-        return jax.lax.dynamic_update_slice(noise, chunk, (number * CHUNK,))
-
-    num_chunks = -(-size // CHUNK)
-    return jax.lax.fori_loop(0, num_chunks, fill, jnp.broadcast_to(zero, (num_chunks * CHUNK,)))[:size]

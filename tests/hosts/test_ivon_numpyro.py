@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy import stats
 
 from .. import cases, reference
 from ..reference import IVONSettings, Weights
@@ -23,7 +24,7 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMean
 from numpyro.infer.autoguide import AutoNormal  # noqa: E402
 
 from numpyro_blr import IVON  # noqa: E402
-from numpyro_blr.optim import _weights  # noqa: E402
+from numpyro_blr.optim import _noise, _weights  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("numpyro_bridge")
 NUM_WORKERS = 4
@@ -206,15 +207,32 @@ def test_single_precision_stays_single_and_the_forward_pass_may_be_half(numpyro_
     assert (weights.loc["a"] > 0).all() and (weights.loc["b"] > 0).all(), "both were moved towards the data"
 
 
-@pytest.mark.parametrize("size", [100, 1000])
-def test_noise_in_chunks_is_standard_normal(monkeypatch, size):
-    """Less than a chunk, and many with a rest: as many numbers as asked for, none of them twice."""
-    monkeypatch.setattr(_weights, "CHUNK", 128)
-    noise = np.asarray(_weights.normals(jax.random.key(0), size, jnp.zeros((), "float64")))
+def test_the_generator_of_noise_is_xxhash():
+    """XXH32 of the bytes of (0, 7, i), words with the low byte first, from the reference implementation."""
+    expected = [1865362652, 3963179823, 4248846932, 1522351398, 2588021501]
+    assert _noise.bits(jax.random.key(7), 5).tolist() == expected
+    assert _noise.bits(jax.random.PRNGKey(7), 5).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_noise_is_standard_normal(dtype):
+    """Its distribution, and no correlation with its neighbours, with another key's, or with the next key's."""
+    keys, size = jax.random.split(jax.random.key(3), 128), 2048
+    noise = np.asarray(jax.vmap(lambda key: _noise.normals(key, size, jnp.dtype(dtype)))(keys))
+    assert noise.dtype == dtype and stats.kstest(noise.ravel(), "norm").pvalue > 0.01
+    pairs = [(noise[:, lag:], noise[:, :-lag]) for lag in (1, 2, 64, 1024)] + [(noise[1:], noise[:-1])]
+    for one, other in pairs:
+        assert abs((one * other).mean()) < 4 / one.size**0.5
+    products = noise @ noise.T / size
+    assert abs(products[np.triu_indices(len(keys), 1)]).max() < 5.5 / size**0.5
+    assert abs(noise).max() < 5.5
+
+
+@pytest.mark.parametrize("size", [1, 2, 101])
+def test_noise_of_sites_is_as_long_as_they_are(size):
+    noise = np.asarray(_noise.materialised_normals(jax.random.key(0), size, jnp.zeros((), "float64")))
     assert noise.shape == (size,)
     assert len(np.unique(noise)) == size
-    assert abs(noise.mean()) < 4 / size**0.5
-    assert abs((noise**2).mean() - 1) < 4 * (2 / size) ** 0.5
 
 
 def test_sites_in_groups_of_their_own_have_noise_of_their_own(monkeypatch):
