@@ -21,10 +21,12 @@ from ..gradients import Draws, Estimate, Extras, Objective, Transformation
 from . import _svi
 from ._graph import Graph, Untraceable, graph_of
 from ._layout import Layout
+from ._rewriting import operations
 
 __all__ = ["Traced", "Tracer"]
 
 MAX_GRAPHS = 8  # of one fit: arguments that change more often would be traced for ever
+MAX_OPERATIONS = 1000  # of a loss that "auto" traces: its second derivatives are twenty times as many, at 3 ms each
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
@@ -165,7 +167,7 @@ class Tracer:
                     estimate,
                     gaussian,
                     seed,
-                    inductor=compile == "inductor",
+                    compile,
                 )
             elif graph.uses & (graph.uses - 1) == 0:
                 assert gaussian is not None  # a graph is made with one
@@ -235,20 +237,25 @@ def _made(
     estimate: Callable[[Objective, Tensor], Estimate],
     gaussian: tuple[Tensor, tuple[Tensor | None, ...]],
     seed: int,
-    *,
-    inductor: bool,
+    compile: bool | str,
 ) -> Graph:
     """A graph that gives the host's estimates at two points."""
     loc, _ = gaussian
     points = [loc, loc + 0.1 * _svi.noise_of(seed, 1, loc.device)(loc.shape, loc)]
     try:
         graph = graph_of(
-            untraced, lambda data: loss_of(*arguments.with_tensors(data)), gaussian, arguments.tensors, inductor
+            untraced,
+            lambda data: loss_of(*arguments.with_tensors(data)),
+            gaussian,
+            arguments.tensors,
+            inductor=compile == "inductor",
         )
     except Untraceable:
         raise
     except Exception as error:  # whatever a model does that is no operation on tensors
         raise Untraceable(_described_error("tracing the loss", error)) from error
+    if compile == "auto" and (number := len(operations(graph.loss))) > MAX_OPERATIONS:
+        raise Untraceable(f"the loss is {number:,} operations, whose derivatives take minutes to trace")
     try:
         _check(Traced(untraced, graph, arguments.tensors, seed), estimate, points)
     except Untraceable:  # some operations have no derivative in forward mode, or a wrong one under vmap

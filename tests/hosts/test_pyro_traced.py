@@ -24,6 +24,7 @@ from pyro.infer.autoguide import (  # noqa: E402
 )
 
 from pyro_blr import BLR, AutoExponentialFamily  # noqa: E402
+from pyro_blr.optim import _traced  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("pyro_bridge")
 
@@ -414,6 +415,19 @@ def test_auto_evaluates_it_as_it_is_and_keeps_the_reason(model, options, reason)
     assert reason in found.optimizer.traced_reason
     if model is not by_numpy:
         check_same(found.params, fit(model, args, num_steps=3, **options).params, 0)
+
+
+def test_auto_does_not_trace_what_takes_minutes(monkeypatch):
+    """A loss of very many operations, as that of a differential equation solved step by step; True traces it still."""
+    monkeypatch.setattr(_traced, "MAX_OPERATIONS", 3)
+    args = tensors(NOISE)
+    assert "operations, whose derivatives" in fit(branchless, args, num_steps=1, compile="auto").optimizer.traced_reason
+    assert fit(branchless, args, num_steps=1, compile=True).optimizer.traced_reason is None
+
+
+def branchless(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z, 1.0).expand([len(y)]).to_event(1), obs=y)
 
 
 @untraceable
