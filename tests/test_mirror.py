@@ -61,7 +61,9 @@ DIFFERENCES = {
         "Transformation", "Vectorised", "Vectorised.at_all", "at_every_draw", "losses_of",
     },
     "gradients/recycled.py": {"Pool", "Pool.count"},  # an array of a fixed size, or a tensor that grows
-    "gradients/drawn.py": {"directions", "natural_gradients", "samples"},  # torch has seeds, and JAX has keys
+    "gradients/drawn.py": {  # torch has seeds, and JAX has keys
+        "__all__", "directions", "natural_gradients", "samples", "seeded",
+    },
     "guides/auto_exponential_family.py": {
         # Pyro's parameters are in its store, and not an argument
         "AutoExponentialFamily.__init__", "AutoExponentialFamily.forward",

@@ -267,7 +267,9 @@ def _fresh(
         finite = all_finite(values, gradients, hessians)
         pool = lax.cond(
             finite,
-            lambda pool: recycled.append(pool, blocks, state.loc, scales, pair, energies, gradients, hessians),
+            lambda pool: recycled.append(
+                pool, blocks, state.loc, scales, *(array[None] for array in (pair, energies, gradients, hessians))
+            ),
             lambda pool: pool,
             pool,
         )

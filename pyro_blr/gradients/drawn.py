@@ -14,6 +14,8 @@ for the derivatives of samplers.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from ..families import Natural
 
-__all__ = ["directions", "estimator_of", "natural_gradients", "samples"]
+__all__ = ["directions", "estimator_of", "natural_gradients", "samples", "seeded"]
 
 
 def estimator_of(natural: Natural) -> str:
@@ -81,8 +83,23 @@ def _repeated(natural: Natural, num_draws: int) -> Any:
 
 def _drawn(natural: Natural, seed: int) -> Tensor:
     """One draw of each of a batch, the same for the same seed, and differentiable in λ where the host's is."""
-    distribution, device = natural.to_distribution(), natural.flat().device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+    distribution = natural.to_distribution()
+    with seeded(seed, natural.flat().device), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Singular sample detected")  # which torch's Wishart says of sound ones, too
-        torch.manual_seed(seed)
         return distribution.rsample() if distribution.has_rsample else distribution.sample()
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device | None) -> Iterator[None]:
+    """The host's random numbers from a seed on, if there is one; after it they go on as if nothing had been drawn.
+
+    `torch.manual_seed` would seed every device, of which this one's state alone is kept, and take a millisecond.
+    """
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            for each in devices:
+                with torch.cuda.device(each):
+                    torch.cuda.manual_seed(seed)
+        yield

@@ -108,18 +108,27 @@ def append(
     gradients: Tensor,
     hessians: Tensor,
 ) -> Pool:
-    """The pool with the pair loc + C ε at ε = `noise` [2, D] more; a full pool forgets its older half."""
+    """The pool with the pairs loc + C ε more, at ε = `noise` [K, 2, D]; a full pool forgets its older half."""
     pool = _without_older_half(pool, blocks) if pool.count == pool.capacity else pool
+    found = (noise, values, gradients, hessians)
+    if (room := pool.capacity - pool.count) < len(noise):
+        pool = append(pool, blocks, loc, scales, *(array[:room] for array in found))
+        return append(pool, blocks, loc, scales, *(array[room:] for array in found))
+    num_pairs, size = len(noise), len(loc)
     points = loc + scaled(blocks, scales, noise)
-    locs = torch.cat([pool.locs, loc[None]])
-    all_scales = tuple(torch.cat([stack, scale[None]]) for stack, scale in zip(pool.scales, scales, strict=True))
-    under_each = log_density(blocks, locs[:, None], all_scales, points.expand(len(locs), *points.shape))
+    locs = torch.cat([pool.locs, loc.expand(num_pairs, size)])
+    all_scales = tuple(
+        torch.cat([stack, scale.expand(num_pairs, *scale.shape)])
+        for stack, scale in zip(pool.scales, scales, strict=True)
+    )
+    under_each = log_density(blocks, locs[:, None], all_scales, points.view(-1, size).expand(len(locs), -1, size))
+    old = _with_component(pool, blocks, loc, scales, num_pairs)
     return Pool(
-        points=torch.cat([pool.points, points[None]]),
-        values=torch.cat([pool.values, values[None]]),
-        gradients=torch.cat([pool.gradients, gradients[None]]),
-        hessians=torch.cat([pool.hessians, hessians[None]]),
-        log_mixture=torch.cat([_with_component(pool, blocks, loc, scales), under_each.logsumexp(0)[None]]),
+        points=torch.cat([pool.points, points]),
+        values=torch.cat([pool.values, values]),
+        gradients=torch.cat([pool.gradients, gradients]),
+        hessians=torch.cat([pool.hessians, hessians]),
+        log_mixture=torch.cat([old, under_each.logsumexp(0).view(-1, 2)]),
         locs=locs,
         scales=all_scales,
         capacity=pool.capacity,
@@ -154,7 +163,8 @@ def moments(pool: Pool, blocks: tuple[Block, ...], loc: Tensor, scales: tuple[An
 
 
 def _second_moment(weights: Tensor, vectors: Tensor) -> Tensor:
-    return torch.einsum("kp,kpi,kpj->ij", weights, vectors, vectors)
+    rows = vectors.flatten(0, 1)
+    return (weights.flatten()[:, None] * rows).mT @ rows
 
 
 def squared_error(moments: Moments, precision: Precision) -> float:
@@ -239,9 +249,11 @@ def _by_block(
     return torch.cat(parts, -1).reshape(vectors.shape)
 
 
-def _with_component(pool: Pool, blocks: tuple[Block, ...], loc: Tensor, scales: tuple[Any, ...]) -> Tensor:
-    """log (Σ_k q_k + q) at every point."""
-    return torch.logaddexp(pool.log_mixture, log_density(blocks, loc, scales, pool.points))
+def _with_component(
+    pool: Pool, blocks: tuple[Block, ...], loc: Tensor, scales: tuple[Any, ...], times: int
+) -> Tensor:
+    """log (Σ_k q_k + n q) at every point, with q n `times`."""
+    return torch.logaddexp(pool.log_mixture, log_density(blocks, loc, scales, pool.points) + math.log(times))
 
 
 def _without_older_half(pool: Pool, blocks: tuple[Block, ...]) -> Pool:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..families import Block
@@ -164,7 +166,9 @@ def _program_of(graph: Graph, transformation: Transformation, scales: tuple[Tens
 
 
 def _traced(function: Callable, *inputs: Tensor) -> fx.GraphModule:
-    with warnings.catch_warnings():
+    # without a context `make_fx` notes the shape of every single value in one of its own, which is most of its time
+    context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
+    with warnings.catch_warnings(), tracing(context):
         warnings.simplefilter("ignore")  # of vmap's slower ways; the model's own were there when it ran untraced
         graph = make_fx(function)(*(tensor.detach() for tensor in inputs))
     graph.graph.eliminate_dead_code()

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from ..families import Block, MultivariateNormalNatural, Natural, NormalNatural, Structure, family_of, natural_of
+from ..gradients.drawn import seeded
 
 __all__ = [
     "Layout",
@@ -195,12 +196,9 @@ def recognise(
 @contextmanager
 def undisturbed(seed: int | None = None, device: torch.device | None = None):
     """An evaluation that leaves the host's random state alone and does not raise where a proposal is out of range."""
-    devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False), warnings.catch_warnings():
+    with seeded(seed, device), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Encountered (NaN|\\+?-?inf)")
         warnings.filterwarnings("ignore", "Singular sample detected")  # which torch's Wishart says of sound ones, too
-        if seed is not None:
-            torch.manual_seed(seed)
         yield
 
 

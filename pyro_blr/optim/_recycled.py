@@ -137,8 +137,9 @@ def step(
         gradient or a Hessian is not finite at a fresh draw, the step is `skipped`.
     """
     recycling: Recycling = state.recycling
-    draws = [Draws.at(torch.stack([row, -row])) for row in noise[: recycling.num_pairs]]
-    pool, losses, usable = _fresh(state, objective, blocks, draws, temperature)
+    pairs = torch.stack([noise, -noise], 1)[: recycling.num_pairs]
+    draws = Draws.at(pairs.flatten(0, 1))  # one object for all that is asked of them, whose noise is made once
+    pool, losses, usable = _fresh(state, objective, blocks, pairs, draws, temperature)
 
     def place(loc: Tensor, precision: Precision) -> _Place:
         moments = recycled.moments(pool, blocks, loc, scales_of(precision, blocks, state.radius))
@@ -160,7 +161,7 @@ def step(
         first_rate = cap if state.radius < 1 else min(first_rate, cap)
 
     def losses_around(loc: Tensor, scales: tuple[Any, ...]) -> Tensor:
-        return torch.stack([losses_at(objective, loc, scales, None, pair) for pair in draws])
+        return losses_at(objective, loc, scales, None, draws).view(-1, 2)
 
     def total_loss(loc: Tensor, scales: tuple[Any, ...]) -> float:
         total = float(losses_around(loc, scales).sum())
@@ -219,22 +220,22 @@ def step(
 
 
 def _fresh(
-    state: State, objective: Objective, blocks: tuple[Block, ...], draws: list[Draws], temperature: float
+    state: State, objective: Objective, blocks: tuple[Block, ...], pairs: Tensor, draws: Draws, temperature: float
 ) -> tuple[recycled.Pool, Tensor, bool]:
-    """The pool with this step's pairs, their losses up to the first that is not finite, and whether there is none."""
+    """The pool with the pairs up to the first that is not finite, all losses, [K, 2], and whether there is none."""
     scales = scales_of(state.precision, blocks, state.radius)
     _, log_determinant = recycled.standardized(blocks, state.loc, scales, state.loc)
     constant = log_determinant + len(state.loc) * math.log(2 * math.pi) / (2 * temperature)
-    pool, losses = state.recycling.pool, []
-    for pair in draws:
-        hessians, values, gradients, _ = hessians_at(objective, state.loc, scales, None, pair)
-        losses.append(values)
-        if not all_finite(values, gradients, hessians):
-            return pool, torch.stack(losses), False
-        assert pair.noise is not None
-        energies = values + constant + (pair.noise**2).sum(-1) / (2 * temperature)  # ℓ/τ
-        pool = recycled.append(pool, blocks, state.loc, scales, pair.noise, energies, gradients, hessians)
-    return pool, torch.stack(losses), True
+    hessians, losses, gradients, _ = hessians_at(objective, state.loc, scales, None, draws)
+    losses = losses.view(-1, 2)
+    energies = losses + constant + (pairs**2).sum(-1) / (2 * temperature)  # ℓ/τ
+    found = [pairs, energies, gradients.view_as(pairs), hessians.view(*pairs.shape, -1)]
+    finite = torch.stack([array.isfinite().flatten(1).all(1) for array in found]).all(0)
+    num_finite = int(finite.cumprod(0).sum())
+    pool = state.recycling.pool
+    if num_finite:
+        pool = recycled.append(pool, blocks, state.loc, scales, *(array[:num_finite] for array in found))
+    return pool, losses, num_finite == len(pairs)
 
 
 def _cap(noisy_steps: int, effective: float, num_pairs: int) -> float:

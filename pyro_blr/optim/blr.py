@@ -422,7 +422,8 @@ class BLR(pyro.optim.PyroOptim):
         gaussian = state.gaussian
         if gaussian is None and all(role.kind != "drawn" for role in state.roles):
             return Draws(number=[0], sign=[1.0], probes=None)  # the sweep's expectations are exact
-        num_pairs = self.num_draws // 2
+        recycling = None if gaussian is None else gaussian.recycling
+        num_pairs = self.num_draws // 2 if recycling is None else recycling.num_pairs
         probes = None
         if gaussian is not None and isinstance(gaussian.precision, DiagonalPrecision):
             # a generator of their own, beside those of the draws: the host's random state does not depend on them

@@ -68,7 +68,7 @@ def pooled(backend, random, parts, cube, num_pairs: int, capacity: int = 64, off
         if pool is None:
             pool = recycled.init(capacity, *given)
         arrays = (noise, value_at(points, cube), gradient_at(points, cube), hessian_at(points, cube))
-        pool = append(pool, *given, *map(backend.array, arrays))
+        pool = append(pool, *given, *(backend.array(array[None]) for array in arrays))
     return pool, blocks, recycled
 
 
@@ -147,9 +147,8 @@ def test_the_average_over_pools_is_the_expectation(backend):
         for index in range(12):
             points = backend.xp.stack([noise[index], -noise[index]])
             values = backend.xp.exp(rate * points[:, 0])
-            pool = recycled.append(
-                pool, blocks, *given, points, values, rate * values[:, None], rate**2 * values[:, None, None]
-            )
+            arrays = points, values, rate * values[:, None], rate**2 * values[:, None, None]
+            pool = recycled.append(pool, blocks, *given, *(array[None] for array in arrays))
         moments = recycled.moments(pool, blocks, *given)
         return moments.gradient, moments.hessian, recycled.squared_error(moments, precision)
 
@@ -179,6 +178,25 @@ def test_a_full_pool_forgets_its_older_half(backend):
     kept, anew = (estimate(backend, pool, blocks, recycled, loc, scales) for pool in (full, fresh))
     assert_allclose(np.sort(kept.weights, axis=None)[-10:], np.sort(anew.weights, axis=None)[-10:], rtol=1e-10)
     assert_allclose(kept.gradient, anew.gradient, rtol=1e-10)
+
+
+def test_pairs_of_one_gaussian_are_appended_at_once_as_one_after_the_other(backend, random):
+    """Past the room that there is, too."""
+    parts = PARTS["mixed"]
+    pool, blocks, recycled = pooled(backend, random, parts, CUBE, num_pairs=6, capacity=8)
+    loc, scales, factor = gaussian(random, parts)
+    noise = random.normal(size=(4, 1, DIMENSION)) * [[1], [-1]]
+    points = loc + noise @ factor.T
+    arrays = (noise, value_at(points, CUBE), gradient_at(points, CUBE), hessian_at(points, CUBE))
+    arrays = [backend.array(array) for array in arrays]
+    given = backend.array(loc), tuple(map(backend.array, scales))
+    at_once, singly = recycled.append(pool, blocks, *given, *arrays), pool
+    for index in range(4):
+        singly = recycled.append(singly, blocks, *given, *(array[index : index + 1] for array in arrays))
+    assert int(at_once.count) == int(singly.count) == 6
+    one, other = (estimate(backend, each, blocks, recycled, loc, scales) for each in (at_once, singly))
+    for name in ("weights", "effective", "gradient", "hessian"):
+        assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-12, atol=1e-12)
 
 
 def test_the_elbo_of_a_gaussian_posterior_has_no_error(backend, random):
