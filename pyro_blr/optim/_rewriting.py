@@ -12,14 +12,14 @@ from torch import Tensor, fx
 
 __all__ = ["fail_with_nan", "is_random", "operations", "replace_writes", "simplify", "widest"]
 
-COPIES = tuple(
+COPIES = tuple(  # where shape, dtype and layout stay what they were; the sum is that of a single number
     getattr(torch.ops.aten, name).default
-    for name in ("alias", "clone", "expand", "lift_fresh_copy", "view", "_to_copy", "_unsafe_view")
+    for name in ("alias", "clone", "expand", "lift_fresh_copy", "sum", "view", "_to_copy", "_unsafe_view")
 )
 FILLED = {torch.ops.aten.zeros_like.default: 0, torch.ops.aten.ones_like.default: 1}  # whatever their argument is
 NEUTRAL = {
     getattr(torch.ops.aten, name).Tensor: neutral for name, neutral in (("add", 0), ("sub", 0), ("mul", 1), ("div", 1))
-}
+} | {torch.ops.aten.pow.Tensor_Scalar: 1}
 
 
 def operations(graph: fx.GraphModule) -> list[Any]:
