@@ -249,9 +249,7 @@ def _by_block(
     return torch.cat(parts, -1).reshape(vectors.shape)
 
 
-def _with_component(
-    pool: Pool, blocks: tuple[Block, ...], loc: Tensor, scales: tuple[Any, ...], times: int
-) -> Tensor:
+def _with_component(pool: Pool, blocks: tuple[Block, ...], loc: Tensor, scales: tuple[Any, ...], times: int) -> Tensor:
     """log (Σ_k q_k + n q) at every point, with q n `times`."""
     return torch.logaddexp(pool.log_mixture, log_density(blocks, loc, scales, pool.points) + math.log(times))
 

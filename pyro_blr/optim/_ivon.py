@@ -14,20 +14,22 @@ whose own share is known: what is left has no noise where the surrogate is exact
 
 The posterior's precision and the preconditioner of the mean are two things: E_q[∇ℓ] = 0 is the same point for every
 preconditioner. `"factored"` moves the mean by the root of the averaged squares of the gradient at the drawn weights. Of
-a matrix it keeps the means of its rows and columns alone, and it moves in units s₀ of the prior's standard deviation,
-as if the coordinates were (w − m₀)/s₀:
+a matrix it keeps the means of its rows and columns alone. Its unit u is the standard deviation s₀ of the prior, as if
+the coordinates were (w − m₀)/s₀, up to the s₀ = 1/8 of a matrix with 64 inputs; from there on it falls as s₀², since an
+output is a sum over 1/s₀² inputs whose weights all move at once, and is not to move more in a wide network:
 
     R, C ← β₃ (R, C) + (1 − β₃) mean over (columns, rows) of (ĝ + δ (m − m₀))²
     √v = √(R / mean(R)) √(C / (1 − β₃ᵗ))ᵀ                                            `roots_of`
     g̃ = β₁ ḡ/(1 − β₁ᵗ⁺¹) + (1 − β₁) ĝ/(1 − β₁ᵗ)                                      Nesterov momentum
-    direction = s₀ clip((g̃ + δ (m − m₀)) / √v, ±c)                      each factor of √v at least 10⁻⁸
+    direction = u clip((g̃ + δ (m − m₀)) / √v, ±c),    u = s₀ min(1, 8 s₀)       each factor of √v at least 10⁻⁸
 
 `"posterior"` is the published recursion, in which the two coincide:
 
     direction = (h₀ + δ) clip((ḡ/(1 − β₁ᵗ) + δ (m − m₀)) / (h + δ), ±c)                        h₀ = `hess_init`
 
 Source: Shen et al. 2024, "Variational Learning is Effective for Large Deep Networks" (ICML), Algorithm 1; Shazeer &
-Stern 2018, "Adafactor", section 3 (rows and columns); Dozat 2016 (Nesterov momentum for Adam); Khan & Rue 2023.
+Stern 2018, "Adafactor", section 3 (rows and columns); Dozat 2016 (Nesterov momentum for Adam); Yang et al. 2022,
+"Tensor Programs V" (one rate for all widths); Khan & Rue 2023.
 Paper's symbols: N = `num_data`, h = `hessian`, ḡ = `momentum`, α = `learning_rate`.
 """
 
@@ -57,6 +59,7 @@ __all__ = [
 Weights = dict[str, Tensor]  # by name of the part
 Shapes = tuple[tuple[int, torch.Size], ...]  # (k, shape): k tensors of this shape, one after another
 START = 100  # steps in which h, over a part, is the plain mean of all ĥ
+WIDE = 1 / 8  # s₀ of a matrix with 64 inputs, below which the unit of a step is in proportion to s₀²
 TINY = 1e-8  # as Adam's ε, what the root of the second moment of a gradient of the averaged loss is not below
 
 
@@ -229,7 +232,7 @@ def step(
                     factor.lerp_(new, 1 - settings.beta3)
                 for root in roots_of(factors, debias(settings.beta3, count)):
                     piece.div_(root)
-            unit = prior_scale(prior, settings.num_data)
+            unit = unit_of(prior, settings.num_data)
         direction = ascent
         if math.isfinite(settings.clip_radius):
             direction.clamp_(-settings.clip_radius, settings.clip_radius)
@@ -277,9 +280,12 @@ def debias(memory: float, count: int) -> float:
     return 1 - memory**count
 
 
-def prior_scale(prior: Prior, num_data: float) -> Tensor | float:
-    """s₀ = 1/√(N δ), and 1 where the prior is not known."""
-    return (num_data * prior.precision) ** -0.5 if prior.known else 1.0
+def unit_of(prior: Prior, num_data: float) -> Tensor | float:
+    """u = s₀ min(1, 8 s₀), s₀ = 1/√(N δ), and 1 where the prior is not known."""
+    if not prior.known:
+        return 1.0
+    scale = (num_data * prior.precision) ** -0.5
+    return scale * (scale / WIDE).clamp(max=1) if isinstance(scale, Tensor) else scale * min(1.0, scale / WIDE)
 
 
 def kl_divergence(loc: Tensor, scale: Tensor, prior: Prior, num_data: float) -> Tensor:
