@@ -386,7 +386,7 @@ def factored_estimate(weights: Weights, draw: np.ndarray, gradient: np.ndarray, 
 def factored_ivon(
     weights: Weights, gradient: np.ndarray, estimate: np.ndarray, rate: float, s: IVONSettings
 ) -> Weights:
-    """The default recursion, from ĝ and ĥ; a step has a unit of s₀, of 8 s₀² below s₀ = 1/8."""
+    """The default recursion, from ĝ and ĥ; a step has a unit of s₀, of √128 s₀² where that is less."""
     count = weights.count + 1
     momentum = s.beta1 * weights.momentum + (1 - s.beta1) * gradient
     straight = s.beta2 * weights.hessian + (1 - s.beta2) * estimate
@@ -411,7 +411,7 @@ def factored_ivon(
     direction = nesterov / root
     decay = np.asarray(s.weight_decay)
     prior_scale = 1 / np.sqrt(s.num_data * np.where(decay > 0, decay, 1 / s.num_data))
-    unit = np.minimum(prior_scale, 8 * prior_scale**2)
+    unit = np.minimum(prior_scale, np.sqrt(128) * prior_scale**2)
     return Weights(
         loc=weights.loc - rate * unit * np.clip(direction, -s.clip_radius, s.clip_radius),
         momentum=momentum,

@@ -15,13 +15,13 @@ whose own share is known: what is left has no noise where the surrogate is exact
 The posterior's precision and the preconditioner of the mean are two things: E_q[∇ℓ] = 0 is the same point for every
 preconditioner. `"factored"` moves the mean by the root of the averaged squares of the gradient at the drawn weights. Of
 a matrix it keeps the means of its rows and columns alone. Its unit u is the standard deviation s₀ of the prior, as if
-the coordinates were (w − m₀)/s₀, up to the s₀ = 1/8 of a matrix with 64 inputs; from there on it falls as s₀², since an
-output is a sum over 1/s₀² inputs whose weights all move at once, and is not to move more in a wide network:
+the coordinates were (w − m₀)/s₀, up to the s₀ = 1/√n of a matrix with n = 128 inputs; from there on it falls as s₀²,
+since an output is a sum over 1/s₀² inputs whose weights all move at once, and is not to move more in a wide network:
 
     R, C ← β₃ (R, C) + (1 − β₃) mean over (columns, rows) of (ĝ + δ (m − m₀))²
     √v = √(R / mean(R)) √(C / (1 − β₃ᵗ))ᵀ                                            `roots_of`
     g̃ = β₁ ḡ/(1 − β₁ᵗ⁺¹) + (1 − β₁) ĝ/(1 − β₁ᵗ)                                      Nesterov momentum
-    direction = u clip((g̃ + δ (m − m₀)) / √v, ±c),    u = s₀ min(1, 8 s₀)       each factor of √v at least 10⁻⁸
+    direction = u clip((g̃ + δ (m − m₀)) / √v, ±c),    u = s₀ min(1, √n s₀)      each factor of √v at least 10⁻⁸
 
 `"posterior"` is the published recursion, in which the two coincide:
 
@@ -61,7 +61,7 @@ __all__ = [
 
 Weights = dict[str, Array]  # by site
 START = 100  # steps in which h, over a part, is the plain mean of all ĥ
-WIDE = 1 / 8  # s₀ of a matrix with 64 inputs, below which the unit of a step is in proportion to s₀²
+WIDE = 128  # n, the inputs from which on a matrix has a unit in proportion to s₀²
 TINY = 1e-8  # as Adam's ε, what the root of the second moment of a gradient of the averaged loss is not below
 
 
@@ -277,10 +277,10 @@ def debias(memory: float, count: Array, dtype: jnp.dtype) -> Array:
 
 
 def unit_of(prior: Prior, num_data: float) -> Array:
-    """u = s₀ min(1, 8 s₀), s₀ = 1/√(N δ), and 1 where the prior is not known."""
+    """u = s₀ min(1, √n s₀), s₀ = 1/√(N δ), and 1 where the prior is not known."""
     precision = num_data * prior.precision
     scale = 1 / jnp.sqrt(jnp.where(precision > 0, precision, 1.0))
-    return scale * jnp.minimum(1, scale / WIDE)
+    return scale * jnp.minimum(1, math.sqrt(WIDE) * scale)
 
 
 def kl_divergence(loc: Array, scale: Array, prior: Prior, num_data: float) -> Array:

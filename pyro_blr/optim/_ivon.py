@@ -15,13 +15,13 @@ whose own share is known: what is left has no noise where the surrogate is exact
 The posterior's precision and the preconditioner of the mean are two things: E_q[∇ℓ] = 0 is the same point for every
 preconditioner. `"factored"` moves the mean by the root of the averaged squares of the gradient at the drawn weights. Of
 a matrix it keeps the means of its rows and columns alone. Its unit u is the standard deviation s₀ of the prior, as if
-the coordinates were (w − m₀)/s₀, up to the s₀ = 1/8 of a matrix with 64 inputs; from there on it falls as s₀², since an
-output is a sum over 1/s₀² inputs whose weights all move at once, and is not to move more in a wide network:
+the coordinates were (w − m₀)/s₀, up to the s₀ = 1/√n of a matrix with n = 128 inputs; from there on it falls as s₀²,
+since an output is a sum over 1/s₀² inputs whose weights all move at once, and is not to move more in a wide network:
 
     R, C ← β₃ (R, C) + (1 − β₃) mean over (columns, rows) of (ĝ + δ (m − m₀))²
     √v = √(R / mean(R)) √(C / (1 − β₃ᵗ))ᵀ                                            `roots_of`
     g̃ = β₁ ḡ/(1 − β₁ᵗ⁺¹) + (1 − β₁) ĝ/(1 − β₁ᵗ)                                      Nesterov momentum
-    direction = u clip((g̃ + δ (m − m₀)) / √v, ±c),    u = s₀ min(1, 8 s₀)       each factor of √v at least 10⁻⁸
+    direction = u clip((g̃ + δ (m − m₀)) / √v, ±c),    u = s₀ min(1, √n s₀)      each factor of √v at least 10⁻⁸
 
 `"posterior"` is the published recursion, in which the two coincide:
 
@@ -59,7 +59,7 @@ __all__ = [
 Weights = dict[str, Tensor]  # by name of the part
 Shapes = tuple[tuple[int, torch.Size], ...]  # (k, shape): k tensors of this shape, one after another
 START = 100  # steps in which h, over a part, is the plain mean of all ĥ
-WIDE = 1 / 8  # s₀ of a matrix with 64 inputs, below which the unit of a step is in proportion to s₀²
+WIDE = 128  # n, the inputs from which on a matrix has a unit in proportion to s₀²
 TINY = 1e-8  # as Adam's ε, what the root of the second moment of a gradient of the averaged loss is not below
 
 
@@ -281,11 +281,12 @@ def debias(memory: float, count: int) -> float:
 
 
 def unit_of(prior: Prior, num_data: float) -> Tensor | float:
-    """u = s₀ min(1, 8 s₀), s₀ = 1/√(N δ), and 1 where the prior is not known."""
+    """u = s₀ min(1, √n s₀), s₀ = 1/√(N δ), and 1 where the prior is not known."""
     if not prior.known:
         return 1.0
     scale = (num_data * prior.precision) ** -0.5
-    return scale * (scale / WIDE).clamp(max=1) if isinstance(scale, Tensor) else scale * min(1.0, scale / WIDE)
+    narrow = math.sqrt(WIDE) * scale
+    return scale * (narrow.clamp(max=1) if isinstance(narrow, Tensor) else min(1.0, narrow))
 
 
 def kl_divergence(loc: Tensor, scale: Tensor, prior: Prior, num_data: float) -> Tensor:

@@ -87,7 +87,7 @@ class IVON(pyro.optim.PyroOptim):
 
     Args:
         learning_rate: α > 0, or a schedule, a function of the step 0, 1, 2, ...; None (the default) is 0.04 for
-            `preconditioner="factored"`, in standard deviations of a prior of 1/8 or wider, and 0.1 for `"posterior"`.
+            `preconditioner="factored"`, in units of min(s₀, √128 s₀²), s₀² the prior's variance; 0.1 for `"posterior"`.
         preconditioner: of the mean. `"factored"`: root of the averaged squared gradients at the drawn weights, kept by
             rows and columns, with Nesterov momentum. `"posterior"`: the posterior's own; the published recursion.
         beta1: memory of the gradient's average.

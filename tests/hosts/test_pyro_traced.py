@@ -25,6 +25,7 @@ from pyro.infer.autoguide import (  # noqa: E402
 
 from pyro_blr import BLR, AutoExponentialFamily  # noqa: E402
 from pyro_blr.optim import _traced  # noqa: E402
+from pyro_blr.optim._graph import Graph  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("pyro_bridge")
 
@@ -218,6 +219,26 @@ def test_advance_calls_model_and_guide_only_while_the_graph_is_checked():
         used.optimizer.advance(used.svi)
     assert len(calls) == before, "the last check was at the 16th use, and the next is at the 32nd"
     assert np.isfinite(used.losses).all()
+
+
+def test_the_draws_of_a_step_are_one_run_of_a_program(monkeypatch):
+    """And a program is traced for no other number of draws, not even to check the graph: that is what takes time."""
+    program, runs = Graph.program, []
+
+    def noted(graph, transformation, scales, rows, inputs):
+        run, num_at_once = program(graph, transformation, scales, rows, inputs)
+        runs.append((transformation.__name__, len(rows[0]), num_at_once))
+        return run, num_at_once
+
+    monkeypatch.setattr(Graph, "program", noted)
+    fit(logistic, tensors(X, LABELS % 2.0), num_steps=1, compile=True)
+    assert {(name, num_draws) for name, num_draws, _ in runs} <= {("_second_order", 2), ("_value", 2)}
+    runs.clear()
+    found = fit(logistic, tensors(X, LABELS % 2.0), num_steps=19, compile=True)  # whose last step checks nothing
+    num_draws, before = 2 * found.optimizer.state.gaussian.recycling.num_pairs, len(runs)
+    assert num_draws > 2
+    found.optimizer.advance(found.svi, *tensors(X, LABELS % 2.0))
+    assert [run for run in runs[before:] if run[0] == "_second_order"] == [("_second_order", num_draws, num_draws)]
 
 
 @pytest.mark.parametrize("estimator", [pytest.param("hessian", marks=pytest.mark.slow), "hutchinson"])
