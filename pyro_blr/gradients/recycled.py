@@ -121,7 +121,7 @@ def append(
         torch.cat([stack, scale.expand(num_pairs, *scale.shape)])
         for stack, scale in zip(pool.scales, scales, strict=True)
     )
-    under_each = log_density(blocks, locs[:, None], all_scales, points.view(-1, size).expand(len(locs), -1, size))
+    under_each = log_density(blocks, locs[:, None], all_scales, points.reshape(-1, size).expand(len(locs), -1, size))
     old = _with_component(pool, blocks, loc, scales, num_pairs)
     return Pool(
         points=torch.cat([pool.points, points]),

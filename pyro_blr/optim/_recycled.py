@@ -161,7 +161,7 @@ def step(
         first_rate = cap if state.radius < 1 else min(first_rate, cap)
 
     def losses_around(loc: Tensor, scales: tuple[Any, ...]) -> Tensor:
-        return losses_at(objective, loc, scales, None, draws).view(-1, 2)
+        return losses_at(objective, loc, scales, None, draws).reshape(-1, 2)
 
     def total_loss(loc: Tensor, scales: tuple[Any, ...]) -> float:
         total = float(losses_around(loc, scales).sum())
@@ -227,9 +227,9 @@ def _fresh(
     _, log_determinant = recycled.standardized(blocks, state.loc, scales, state.loc)
     constant = log_determinant + len(state.loc) * math.log(2 * math.pi) / (2 * temperature)
     hessians, losses, gradients, _ = hessians_at(objective, state.loc, scales, None, draws)
-    losses = losses.view(-1, 2)
+    losses = losses.reshape(-1, 2)
     energies = losses + constant + (pairs**2).sum(-1) / (2 * temperature)  # ℓ/τ
-    found = [pairs, energies, gradients.view_as(pairs), hessians.view(*pairs.shape, -1)]
+    found = [pairs, energies, gradients.reshape(pairs.shape), hessians.reshape(*pairs.shape, -1)]
     finite = torch.stack([array.isfinite().flatten(1).all(1) for array in found]).all(0)
     num_finite = int(finite.cumprod(0).sum())
     pool = state.recycling.pool
