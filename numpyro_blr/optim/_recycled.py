@@ -3,7 +3,8 @@
 One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.py`):
 
 1. Draw a few antithetic pairs, with their Hessians, into the pool: at first one pair a step; twice as many, up to
-   `num_draws`, from then on whenever the natural gradient is inside its own error or a proposal is refused.
+   `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take. A
+   shorter rate alone tells of curvature, not of noise.
 2. A step of the rule with ĝ and Ĥ of the whole pool. The pool *covers* a proposal if it is worth half as many draws
    there as here, and at least 16. One that is covered is taken as it is: the estimate holds there. Any other is tried
    at the fresh draws, and its rate shortened as `_rate.py` does.
@@ -223,7 +224,7 @@ def step(
     start = end.start
     tries = end.proposals - start.far.astype(jnp.int32)  # at the rate that is searched
     far = usable & start.far
-    more = usable & (start.noisy | ((tries > 1) & ~start.far) | ~end.taken)
+    more = usable & (start.noisy | ~end.taken)
     num_pairs = jnp.where(more, jnp.minimum(max_pairs, 2 * recycling.num_pairs), recycling.num_pairs)
     num_draws, num_losses = (2 * num_drawn).astype(dtype), end.proposals + (usable & start.far).astype(jnp.int32)
     rate = _rate.next_rate(end.rate, end.first_rate, end.taken, tries, jnp.where(far, jnp.inf, 1))

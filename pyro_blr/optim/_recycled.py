@@ -3,7 +3,8 @@
 One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.py`):
 
 1. Draw a few antithetic pairs, with their Hessians, into the pool: at first one pair a step; twice as many, up to
-   `num_draws`, from then on whenever the natural gradient is inside its own error or a proposal is refused.
+   `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take. A
+   shorter rate alone tells of curvature, not of noise.
 2. A step of the rule with ĝ and Ĥ of the whole pool. The pool *covers* a proposal if it is worth half as many draws
    there as here, and at least 16. One that is covered is taken as it is: the estimate holds there. Any other is tried
    at the fresh draws, and its rate shortened as `_rate.py` does.
@@ -203,7 +204,7 @@ def step(
         end = attempt(end)
 
     tries = end.proposals - far  # at the rate that is searched
-    more = start.noisy or (tries > 1 and not far) or not end.taken
+    more = start.noisy or not end.taken
     num_pairs = min(len(noise), 2 * recycling.num_pairs) if more else recycling.num_pairs
     rate = _rate.next_rate(end.rate, first_rate, end.taken, tries, math.inf if far else 1.0)
     kept = replace(

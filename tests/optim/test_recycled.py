@@ -182,6 +182,23 @@ def test_a_quadratic_is_one_step_from_however_far(backend, random):
     assert_allclose(backend.precision_array(state.precision), 2e8 * np.array([[1, -1], [-1, 1 + 1e-8]]), rtol=1e-6)
 
 
+def test_a_shorter_rate_asks_for_no_more_draws_and_a_step_that_finds_none_does(backend, random):
+    step, state = stepper(backend, counts), started(backend, [-3.0, -1.0], np.eye(2))
+    state, _, moved = step(state, random.normal(size=(4, 2)))
+    assert bool(moved) and float(state.rate.taken) < 1, "too far at ρ = 1"
+    assert int(state.recycling.num_pairs) == 1
+
+    def ends_at_zero(xp, z):
+        return xp.where(z[0] < 0, np.inf, 5 * z[0] + (z**2).sum() / 2)
+
+    step, state = stepper(backend, ends_at_zero), started(backend, [0.0, 1.0], np.eye(2))
+    along_the_edge = np.array([[0.0, 0.3]] * 4)
+    for num_pairs in (2, 4, 4):
+        state, _, moved = step(state, along_the_edge)
+        assert not bool(moved) and int(state.skipped) == 0
+        assert int(state.recycling.num_pairs) == num_pairs, "up to as many as there is noise for"
+
+
 @pytest.mark.parametrize(
     ("loss", "loc"),
     [
