@@ -84,7 +84,7 @@ class Fit:
         steps: [T].
         evaluations: gradients of log p taken so far, [R, T].
         elbos: [R, T]; −∞ where it is not finite.
-        seconds_per_step: of one run by itself, compiled.
+        seconds: of one run by itself up to each checkpoint, compiled, [T].
         start_up_seconds: of tracing and compilation, or what the first step took longer than the others.
         mean_errors, sd_errors: largest |mean − reference| / sd and |log sd / sd| over the parameters, [R].
     """
@@ -97,7 +97,7 @@ class Fit:
     steps: np.ndarray
     evaluations: np.ndarray
     elbos: np.ndarray
-    seconds_per_step: float
+    seconds: np.ndarray
     start_up_seconds: float
     mean_errors: np.ndarray
     sd_errors: np.ndarray
@@ -125,7 +125,9 @@ class Fit:
         )
 
     def seconds_to(self, best: float, tolerance: float, start_up: bool = False) -> float:
-        return self.steps_to(best, tolerance) * self.seconds_per_step + (self.start_up_seconds if start_up else 0)
+        steps = self.steps_to(best, tolerance)
+        seconds = float(np.interp(steps, self.steps, self.seconds)) if math.isfinite(steps) else math.inf
+        return seconds + (self.start_up_seconds if start_up else 0)
 
     def final_gap(self, best: float) -> float:
         return _median(self.gaps(best)[:, -1])

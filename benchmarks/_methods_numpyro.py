@@ -30,7 +30,8 @@ from numpyro_blr import BLR
 
 __all__ = ["METHODS", "fits"]
 
-TIMED_STEPS = 1000  # of a run of Adam or score matching; a run of BLR is timed as it is
+TIMED_STEPS = 1000  # of a run of Adam or score matching
+TIMED_LENGTHS = 10  # of runs of BLR, about
 SCHEDULES = {"λ = B D": True, "λ = B D/(t + 1)": False}
 
 
@@ -84,7 +85,8 @@ class Problem:
         steps: np.ndarray,
         evaluations: np.ndarray,
         path: tuple[Array, Array],
-        seconds: tuple[float, float],
+        seconds: np.ndarray,
+        start_up_seconds: float,
     ) -> Fit:
         """What became of the Gaussians `path`, [R, T, ...]."""
         rows = tuple(values.reshape(-1, *values.shape[2:]) for values in path)
@@ -102,8 +104,8 @@ class Problem:
             steps=steps,
             evaluations=np.broadcast_to(evaluations, elbos.shape),
             elbos=np.where(np.isfinite(elbos), elbos, -np.inf),
-            seconds_per_step=seconds[0],
-            start_up_seconds=seconds[1],
+            seconds=seconds,
+            start_up_seconds=start_up_seconds,
             mean_errors=np.array([mean for mean, _ in errors]),
             sd_errors=np.array([sd for _, sd in errors]),
         )
@@ -124,19 +126,25 @@ def fits(posterior: Posterior, guide: str, methods: list[str], budget: Budget) -
 
 
 def blr(problem: Problem) -> Iterator[Fit]:
-    """`BLR()` as it comes."""
+    """`BLR()` as it comes. Its steps differ in what they cost, so that runs of several lengths are timed."""
     budget, steps = problem.budget, np.arange(problem.budget.steps + 1)
     svi, states = problem.start(BLR(), budget.seeds)
 
-    def run(state: Any) -> Any:
-        def read(state: Any) -> Any:
-            return (*problem.gaussian(svi, state), state.optim_state[1].gradient_evaluations)
+    def step(state: Any) -> Any:
+        return svi.update(state, **problem.data)[0]
 
-        return follow(lambda state: svi.update(state, **problem.data)[0], state, steps, read)
+    def read(state: Any) -> Any:
+        return (*problem.gaussian(svi, state), state.optim_state[1].gradient_evaluations)
 
-    compiled, *seconds = timed(run, states[0], num_steps=budget.steps, repeats=budget.timings)
-    locs, scales, evaluations = jax.tree.map(lambda *rows: jnp.stack(rows), *map(compiled, states))
-    yield problem.fit(Setting("BLR()"), steps, np.asarray(evaluations), (locs, scales), tuple(seconds))
+    run, start_up = compiled(partial(advance, step), states[0], budget.steps)
+    lengths = checkpoints(budget.steps, TIMED_LENGTHS)
+    seconds = [timed(run, states[0], length, repeats=budget.timings) for length in lengths]
+    follow_all = jax.jit(lambda state: follow(step, state, steps, read))
+    locs, scales, evaluations = jax.tree.map(lambda *rows: jnp.stack(rows), *map(follow_all, states))
+    path = (locs, scales)
+    yield problem.fit(
+        Setting("BLR()"), steps, np.asarray(evaluations), path, np.interp(steps, lengths, seconds), start_up
+    )
 
 
 def adam(make: Callable, method: str, problem: Problem) -> Iterator[Fit]:
@@ -158,41 +166,36 @@ def adam(make: Callable, method: str, problem: Problem) -> Iterator[Fit]:
             )
 
         short = min(num_steps, TIMED_STEPS)
-        _, *seconds = timed(
-            partial(run, np.array([0, short])),
-            jnp.asarray(budget.rates[0]),
-            states[0],
-            num_steps=short,
-            repeats=budget.timings,
-        )
+        seconds, start_up = timed_run(partial(run, np.array([0, short])), budget, budget.rates[0], states[0])
         beside = jax.jit(jax.vmap(jax.vmap(partial(run, steps), (None, 0)), (0, None)))
         locs, scales = beside(jnp.array(budget.rates), jax.tree.map(lambda *rows: jnp.stack(rows), *states))
         for rate, *path in zip(budget.rates, locs, scales, strict=True):
             label = f"rate {rate}, {particles} particle{'s' if particles > 1 else ''}"
-            yield problem.fit(Setting(method, label, particles), steps, steps * particles, tuple(path), tuple(seconds))
+            setting, so_far = Setting(method, label, particles), steps / short * seconds
+            yield problem.fit(setting, steps, steps * particles, tuple(path), so_far, start_up)
 
 
 def batch_and_match(problem: Problem) -> Iterator[Fit]:
     constants = jnp.array(list(SCHEDULES.values()))
     for batch in problem.budget.batches:
         step = partial(bam_step, problem.log_density, batch)
-        runs, steps, seconds = score_matching(problem, batch, step, constants)
+        runs, steps, *seconds = score_matching(problem, batch, step, constants)
         for schedule, *path in zip(SCHEDULES, *runs, strict=True):
             setting = Setting("BaM", f"{schedule}, B = {batch}")
-            yield problem.fit(setting, steps, steps * batch, tuple(path), seconds)
+            yield problem.fit(setting, steps, steps * batch, tuple(path), *seconds)
 
 
 def gaussian_score_matching(problem: Problem) -> Iterator[Fit]:
     for batch in (2, *problem.budget.batches):  # 2 is the default of the package
         step = partial(gsm_step, problem.log_density, batch)
-        runs, steps, seconds = score_matching(problem, batch, lambda state, _, step=step: step(state), jnp.zeros(1))
-        yield problem.fit(Setting("GSM", f"B = {batch}"), steps, steps * batch, tuple(x[0] for x in runs), seconds)
+        runs, steps, *seconds = score_matching(problem, batch, lambda state, _, step=step: step(state), jnp.zeros(1))
+        yield problem.fit(Setting("GSM", f"B = {batch}"), steps, steps * batch, tuple(x[0] for x in runs), *seconds)
 
 
 def score_matching(
     problem: Problem, batch: int, step: Callable[[ScoreState, Array], ScoreState], options: Array
-) -> tuple[tuple[Array, Array], np.ndarray, tuple[float, float]]:
-    """Paths of Gaussians by option and seed, the steps of their checkpoints, and the two kinds of seconds."""
+) -> tuple[tuple[Array, Array], np.ndarray, np.ndarray, float]:
+    """Paths of Gaussians by option and seed, the steps of their checkpoints, the seconds so far and to start up."""
     budget = problem.budget
     num_steps = max(budget.evaluations // batch, 1)
     steps = checkpoints(num_steps, budget.adam_checkpoints)
@@ -210,35 +213,48 @@ def score_matching(
 
     states = [begin(seed, start) for seed, start in enumerate(starts)]
     short = min(num_steps, TIMED_STEPS)
-    _, *seconds = timed(
-        partial(run, np.array([0, short])), options[0], states[0], num_steps=short, repeats=budget.timings
-    )
+    seconds, start_up = timed_run(partial(run, np.array([0, short])), budget, options[0], states[0])
     beside = jax.jit(jax.vmap(jax.vmap(partial(run, steps), (None, 0)), (0, None)))
-    return beside(options, jax.tree.map(lambda *rows: jnp.stack(rows), *states)), steps, tuple(seconds)
+    runs = beside(options, jax.tree.map(lambda *rows: jnp.stack(rows), *states))
+    return runs, steps, steps / short * seconds, start_up
 
 
 def follow(step: Callable[[Any], Any], state: Any, steps: np.ndarray, read: Callable[[Any], Any]) -> Any:
     """What `read` says of the state after each number of steps."""
 
-    def advance(state: Any, num_steps: Array) -> tuple[Any, Any]:
-        state = jax.lax.fori_loop(0, num_steps, lambda _, state: step(state), state)
+    def to_next(state: Any, num_steps: Array) -> tuple[Any, Any]:
+        state = advance(step, state, num_steps)
         return state, read(state)
 
-    return jax.lax.scan(advance, state, jnp.diff(jnp.asarray(steps), prepend=0))[1]
+    return jax.lax.scan(to_next, state, jnp.diff(jnp.asarray(steps), prepend=0))[1]
 
 
-def timed(run: Callable, *args: Any, num_steps: int, repeats: int) -> tuple[Callable, float, float]:
-    """`run` compiled, its seconds a step, and the seconds that tracing and compilation took."""
+def advance(step: Callable[[Any], Any], state: Any, num_steps: Array) -> Any:
+    return jax.lax.fori_loop(0, num_steps, lambda _, state: step(state), state)
+
+
+def compiled(run: Callable, *args: Any) -> tuple[Callable, float]:
+    """`run` compiled, and the seconds that tracing and compilation took."""
     begin = time.perf_counter()
-    compiled = jax.jit(run).lower(*args).compile()
-    start_up = time.perf_counter() - begin
-    jax.block_until_ready(compiled(*args))  # the first call also loads
+    made = jax.jit(run).lower(*args).compile()
+    return made, time.perf_counter() - begin
+
+
+def timed(run: Callable, *args: Any, repeats: int) -> float:
+    """Median seconds of a compiled function."""
+    jax.block_until_ready(run(*args))  # the first call also loads
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
+        jax.block_until_ready(run(*args))
         seconds.append(time.perf_counter() - begin)
-    return compiled, statistics.median(seconds) / num_steps, start_up
+    return statistics.median(seconds)
+
+
+def timed_run(run: Callable, budget: Budget, *args: Any) -> tuple[float, float]:
+    """Seconds of `run` compiled, and what tracing and compilation took."""
+    made, start_up = compiled(run, *args)
+    return timed(made, *args, repeats=budget.timings), start_up
 
 
 def _none(problem: Problem) -> Iterator[Fit]:

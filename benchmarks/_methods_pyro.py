@@ -58,8 +58,8 @@ class Problem:
             guide(**self.data)
         return SVI(self.model, guide, optimizer, Trace_ELBO(num_particles=num_particles))
 
-    def run(self, svi: SVI, steps: Sequence[int], read: Callable[[], Any]) -> tuple[list[Any], float, float]:
-        """What `read` says after each number of steps, seconds a step, and what the first took longer."""
+    def run(self, svi: SVI, steps: Sequence[int], read: Callable[[], Any]) -> tuple[list[Any], np.ndarray, float]:
+        """What `read` says after each number of steps, the seconds up to there, and what the first step took longer."""
         found, seconds = [read()], []
         for step in range(1, steps[-1] + 1):
             begin = time.perf_counter()
@@ -67,8 +67,9 @@ class Problem:
             seconds.append(time.perf_counter() - begin)
             if step in steps:
                 found.append(read())
-        later = float(np.mean(seconds[1:] or seconds))
-        return found, later, max(seconds[0] - later, 0.0)
+        start_up = max(seconds[0] - float(np.median(seconds[1:] or seconds)), 0.0)
+        seconds[0] -= start_up
+        return found, np.cumsum([0.0, *seconds])[steps], start_up
 
     def gaussian(self, svi: SVI) -> tuple[Tensor, Tensor]:
         """(m, C) with C Cᵀ the covariance."""
@@ -90,13 +91,13 @@ class Problem:
         steps: np.ndarray,
         evaluations: np.ndarray,
         paths: list[list[tuple[Tensor, Tensor]]],
-        seconds: Sequence[tuple[float, float]],
+        seconds: Sequence[tuple[np.ndarray, float]],
     ) -> Fit:
         """What became of the Gaussians `paths`, by seed and checkpoint."""
         elbos = np.array([[self._elbo(*gaussian) for gaussian in path] for path in paths])
         finals = [loc + self._moment_noise @ scale.T for loc, scale in (path[-1] for path in paths)]
         errors = [moment_errors(self.constrained(z), self.posterior.mean, self.posterior.sd) for z in finals]
-        per_step, start_up = np.median(seconds, axis=0)
+        so_far, start_up = zip(*seconds, strict=True)
         return Fit(
             posterior=self.posterior.name,
             dimension=self.posterior.dimension,
@@ -106,8 +107,8 @@ class Problem:
             steps=steps,
             evaluations=np.broadcast_to(evaluations, elbos.shape),
             elbos=np.where(np.isfinite(elbos), elbos, -np.inf),
-            seconds_per_step=float(per_step),
-            start_up_seconds=float(start_up),
+            seconds=np.median(so_far, axis=0),
+            start_up_seconds=float(np.median(start_up)),
             mean_errors=np.array([mean for mean, _ in errors]),
             sd_errors=np.array([sd for _, sd in errors]),
         )

@@ -31,7 +31,7 @@ Measure = Callable[[Fit, float, float], float]
 MEASURES: dict[str, tuple[Measure, Callable[[Fit], float]]] = {
     "steps": (Fit.steps_to, lambda fit: float(fit.steps[-1])),
     "gradient evaluations": (Fit.evaluations_to, lambda fit: float(fit.evaluations[:, -1].max())),
-    "seconds": (Fit.seconds_to, lambda fit: float(fit.steps[-1]) * fit.seconds_per_step),
+    "seconds": (Fit.seconds_to, lambda fit: float(fit.seconds[-1])),
 }
 
 
@@ -184,7 +184,7 @@ def _record_setting(fit: Fit, best: float) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "steps": int(fit.steps[-1]),
         "gradient_evaluations": float(np.median(fit.evaluations[:, -1])),
-        "seconds_per_step": fit.seconds_per_step,
+        "seconds": float(fit.seconds[-1]),
         "start_up_seconds": fit.start_up_seconds,
         "final_gaps": [_finite(gap) for gap in fit.gaps(best)[:, -1]],
         "mean_errors": [_finite(error) for error in fit.mean_errors],
