@@ -58,7 +58,7 @@ DIFFERENCES = {
     "gradients/_estimate.py": {
         "__all__", "average_over_pairs", "each_draw", "value_and_gradient", "value_and_gradients",
         # an objective that was traced takes all draws at once; JAX maps over them
-        "Transformation", "Vectorised", "Vectorised.at_all", "at_every_draw", "losses_of",
+        "Transformation", "Vectorised", "Vectorised.at_all", "Vectorised.extras", "at_every_draw", "losses_of",
     },
     "gradients/recycled.py": {"Pool", "Pool.count"},  # an array of a fixed size, or a tensor that grows
     "gradients/drawn.py": {  # torch has seeds, and JAX has keys

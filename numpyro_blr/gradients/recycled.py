@@ -109,20 +109,14 @@ def append(
 ) -> Pool:
     """The pool with the pairs loc + C ε more, at ε = `noise` [K, 2, D]; a full pool forgets its older half."""
     for pair in zip(noise, values, gradients, hessians, strict=True):
-        pool = _with_pair(pool, blocks, loc, scales, *pair)
+        pool = _with_pair(pool, blocks, loc, scales, pair)
     return pool
 
 
 def _with_pair(
-    pool: Pool,
-    blocks: tuple[Block, ...],
-    loc: Array,
-    scales: tuple[Any, ...],
-    noise: Array,
-    values: Array,
-    gradients: Array,
-    hessians: Array,
+    pool: Pool, blocks: tuple[Block, ...], loc: Array, scales: tuple[Any, ...], pair: tuple[Array, ...]
 ) -> Pool:
+    noise, values, gradients, hessians = pair
     capacity, row, whitener = len(pool.points), pool.row, _whitener(blocks, scales)
     full = pool.count == capacity
 

@@ -6,6 +6,7 @@ Source: Khan & Rue 2023, "The Bayesian Learning Rule", section 4; `DiagonalPreci
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import log, pi
 from typing import Self
 
@@ -50,7 +51,12 @@ class DiagonalPrecision:
 
     def scale(self, block: Block) -> Tensor:
         """σ = s^(−1/2)."""
-        return (self.diagonal[block.start : block.stop] ** -0.5).reshape(block.shape)
+        return self._scales[block.start : block.stop].reshape(block.shape)
+
+    @cached_property
+    def _scales(self) -> Tensor:
+        """Of all blocks; a step asks for them several times."""
+        return self.diagonal**-0.5
 
     def complete(self, hessian: Tensor, weight: Tensor) -> Tensor:
         covered = weight > 0

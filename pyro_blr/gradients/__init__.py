@@ -5,6 +5,7 @@ from ._estimate import Estimate as Estimate
 from ._estimate import Extras as Extras
 from ._estimate import Objective as Objective
 from ._estimate import Transformation as Transformation
+from ._estimate import Vectorised as Vectorised
 from ._estimate import each_draw as each_draw
 from ._estimate import losses_of as losses_of
 from .hessian import hessian as hessian
@@ -18,6 +19,7 @@ __all__ = [
     "Extras",
     "Objective",
     "Transformation",
+    "Vectorised",
     "each_draw",
     "hessian",
     "hessians_at",

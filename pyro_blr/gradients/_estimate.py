@@ -10,8 +10,9 @@ depend on m, and a loss that integrates a part of itself analytically (`TraceMea
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,12 +81,14 @@ Transformation = Callable[[Callable[..., Tensor], bool], Callable[..., tuple[Ten
 of each column, in terms of `torch.func`."""
 
 
-@runtime_checkable
-class Vectorised(Protocol):
+class Vectorised(ABC):
     """An objective that evaluates what an estimator needs at all draws at once, as one program without the host."""
 
-    extras: Extras
+    @property
+    @abstractmethod
+    def extras(self) -> Extras: ...
 
+    @abstractmethod
     def at_all(
         self,
         transformation: Transformation,

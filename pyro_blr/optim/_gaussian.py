@@ -107,9 +107,8 @@ def step(
     scales = scales_of(state.precision, blocks, state.radius)
     estimate = completed(estimator(objective, state.loc, scales, others, draws), state.precision)
     state = replace(state, evaluations=state.evaluations + estimate.evaluations)
-    unusable = skipped(state)
     if not all_finite(estimate.losses, estimate.gradient, estimate.hessian):
-        return unusable, estimate, False
+        return skipped(state), estimate, False
 
     assert estimate.extras.weight is not None  # `completed` fills it in
     covered = estimate.extras.weight > 0
@@ -135,14 +134,13 @@ def step(
         rate, (loc, precision), proposals = state.rate, propose(learning_rate), 0
         moved = all_finite(loc, field_of(precision), *scales_of(precision, blocks, state.radius))
         if not moved:
-            return unusable, estimate, False
+            return skipped(state), estimate, False
 
     evaluations = state.evaluations + len(estimate.losses) * proposals
-    state = replace(state, evaluations=evaluations, residual=residual, error=error)
-    radius = min(1.0, 2 * state.radius)
-    accepted = replace(state, loc=loc, precision=precision, rate=rate, radius=radius)
-    rejected = replace(state, rate=rate)
-    return (accepted if moved else rejected), estimate, moved
+    state = replace(state, evaluations=evaluations, residual=residual, error=error, rate=rate)
+    if moved:
+        state = replace(state, loc=loc, precision=precision, radius=min(1.0, 2 * state.radius))
+    return state, estimate, moved
 
 
 def skipped(state: State) -> State:
@@ -157,9 +155,8 @@ def skipped(state: State) -> State:
 
 def scales_of(precision: Precision, blocks: tuple[Block, ...], radius: float) -> tuple[Tensor | None, ...]:
     """C_b of every block that has one of its own."""
-    return tuple(
-        radius * precision.scale(block) if block.structure in ("diagonal", "dense") else None for block in blocks
-    )
+    own = (precision.scale(block) if block.structure in ("diagonal", "dense") else None for block in blocks)
+    return tuple(own) if radius == 1 else tuple(None if scale is None else radius * scale for scale in own)
 
 
 def losses_at(objective: Objective, loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draws: Any) -> Tensor:
@@ -207,7 +204,8 @@ def tempered(objective: Objective, blocks: tuple[Block, ...], temperature: float
 
 
 def all_finite(*tensors: Tensor | None) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
+    """x − x is 0, or NaN where x is not finite; `isfinite` takes twice as many operations."""
+    return not any(bool((tensor - tensor).any()) for tensor in tensors if tensor is not None)
 
 
 def field_of(precision: Any) -> Tensor:

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..families import Block
 from ..gradients import Draws, Extras, Objective, Transformation
-from ._rewriting import fail_with_nan, is_random, operations, replace_writes, simplify, widest
+from ._rewriting import direct, fail_with_nan, is_random, operations, replace_writes, simplify, widest
 
 __all__ = ["Graph", "Untraceable", "graph_of"]
 
@@ -74,10 +74,9 @@ class Graph:
                 most = widest(trace([row[:1] for row in rows], inputs))
                 fitting = [n for n in range(1, num_draws + 1) if num_draws % n == 0 and n * most <= MAX_ELEMENTS]
                 num_at_once = max(fitting, default=1)
-            program: Any = trace([row[:num_at_once] for row in rows], inputs)
-            if self.inductor:
-                program = torch.compile(program, fullgraph=True, dynamic=False)
-            self.programs[key] = program, num_at_once
+            program = trace([row[:num_at_once] for row in rows], inputs)
+            run = torch.compile(program, fullgraph=True, dynamic=False) if self.inductor else direct(program)
+            self.programs[key] = run, num_at_once
         return self.programs[key]
 
 

@@ -1,16 +1,17 @@
 """What is changed in a graph of tensor operations once it is recorded: failures, writes, and what need not be run.
 
-The graphs are those of `_graph.py`, in `torch.ops.aten`. All changes are in place.
+The graphs are those of `_graph.py`, in `torch.ops.aten` until they are `direct`. All changes are in place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-__all__ = ["fail_with_nan", "is_random", "operations", "replace_writes", "simplify", "widest"]
+__all__ = ["direct", "fail_with_nan", "is_random", "operations", "replace_writes", "simplify", "widest"]
 
 COPIES = tuple(  # where shape, dtype and layout stay what they were; the sum is that of a single number
     getattr(torch.ops.aten, name).default
@@ -20,6 +21,16 @@ FILLED = {torch.ops.aten.zeros_like.default: 0, torch.ops.aten.ones_like.default
 NEUTRAL = {
     getattr(torch.ops.aten, name).Tensor: neutral for name, neutral in (("add", 0), ("sub", 0), ("mul", 1), ("div", 1))
 } | {torch.ops.aten.pow.Tensor_Scalar: 1}
+# in `torch` or of `torch.Tensor`, with the arguments of their namesakes in `torch.ops.aten`
+NAMESAKES = {
+    "abs", "add", "addmm", "amax", "amin", "baddbmm", "bitwise_and", "bmm", "cat", "clamp", "clamp_max",
+    "clamp_min", "cos", "cosh", "cumsum", "digamma", "div", "dot", "eq", "erf", "exp", "expand", "expm1",
+    "full_like", "gather", "ge", "gt", "index_select", "isnan", "le", "lgamma", "log", "log1p", "logical_and",
+    "logical_not", "logical_or", "logsumexp", "lt", "masked_fill", "maximum", "mean", "minimum", "mm", "mul", "mv",
+    "ne", "neg", "ones_like", "permute", "pow", "prod", "reciprocal", "rsqrt", "scatter", "select", "sigmoid",
+    "sign", "sin", "sinh", "sqrt", "square", "stack", "sub", "sum", "t", "tanh", "transpose", "unsqueeze", "view",
+    "where", "zeros_like",
+}  # fmt: skip
 
 
 def operations(graph: fx.GraphModule) -> list[Any]:
@@ -140,3 +151,17 @@ def _changes_nothing(node: fx.Node, copies: tuple[Any, ...]) -> bool:
     return all(getattr(before, name) == getattr(after, name) for name in ("shape", "dtype", "device")) and (
         before.stride() == after.stride()
     )
+
+
+def direct(graph: fx.GraphModule) -> Callable[..., Any]:
+    """The function of a finished graph, in torch's own Python functions.
+
+    `torch.mul` does what `torch.ops.aten.mul.Tensor` does, without packing its arguments for the interpreter of
+    TorchScript: on small tensors it takes a third to a half less.
+    """
+    for node in operations(graph):
+        name = node.target._schema.name.removeprefix("aten::")
+        if name in NAMESAKES and not isinstance(node.args[0], (int, float)):
+            node.target = getattr(torch, name, None) or getattr(Tensor, name)
+    graph.recompile()
+    return graph.forward

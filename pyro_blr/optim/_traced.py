@@ -17,7 +17,7 @@ from pyro.infer import SVI
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..gradients import Draws, Estimate, Extras, Objective, Transformation
+from ..gradients import Draws, Estimate, Extras, Objective, Transformation, Vectorised
 from . import _svi
 from ._graph import Graph, Untraceable, graph_of
 from ._layout import Layout
@@ -31,7 +31,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
 @dataclass
-class Traced:
+class Traced(Vectorised):
     """The objective of one step: a graph at all draws at once (`Vectorised`), and the host's evaluation at one.
 
     Attributes:
@@ -80,14 +80,15 @@ class Traced:
         with torch.no_grad():
             program, num_at_once = self.graph.program(transformation, scales, rows, inputs)
             try:
-                parts = [
-                    program(*part, *inputs) for part in zip(*(row.split(num_at_once) for row in rows), strict=True)
-                ]
+                if num_at_once == num_draws:
+                    return tuple(program(*rows, *inputs))
+                parts = zip(*(row.split(num_at_once) for row in rows), strict=True)
+                found = [program(*part, *inputs) for part in parts]
+                return tuple(map(torch.cat, zip(*found, strict=True)))
             except RuntimeError as error:
                 if self.graph.uses == 0 and not isinstance(error, torch.linalg.LinAlgError):
                     raise  # it is being checked, and has never run
                 return None
-        return tuple(parts[0]) if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def noise(self, draws: Draws | None, device: torch.device) -> list[Tensor]:
         """±ε of every draw, [S, *shape] for each array; kept for the proposals, which ask with the same draws."""

@@ -22,10 +22,12 @@ from pyro.infer.autoguide import (  # noqa: E402
     AutoNormal,
     init_to_value,
 )
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 from pyro_blr import BLR, AutoExponentialFamily  # noqa: E402
 from pyro_blr.optim import _traced  # noqa: E402
 from pyro_blr.optim._graph import Graph  # noqa: E402
+from pyro_blr.optim._rewriting import direct, operations  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("pyro_bridge")
 
@@ -462,3 +464,16 @@ def test_other_parameters_are_not_traced():
     with pytest.warns(UserWarning, match="shift"):
         found = fit(with_parameter, tensors(NOISE), compile="auto", advance=(True,), num_steps=2)
     assert "shift belong to no site" in found.optimizer.traced_reason
+
+
+def test_a_program_calls_torchs_own_functions():
+    def function(x):
+        return torch.where(x > 1, 2 * x.exp(), x.expand(2, 3)).sum(0) @ x.pow(2)
+
+    x = torch.tensor([0.5, 1.5, 2.5])
+    graph = make_fx(function)(x)
+    run = direct(graph)
+    called = {node.target for node in graph.graph.nodes if node.op == "call_function"}
+    assert {torch.gt, torch.exp, torch.mul, torch.Tensor.expand, torch.where, torch.sum, torch.pow} <= called
+    assert not operations(graph), "of torch.ops.aten nothing is left"
+    assert_allclose(run(x).numpy(), function(x).numpy(), rtol=1e-15)
