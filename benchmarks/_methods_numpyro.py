@@ -138,13 +138,11 @@ def blr(problem: Problem) -> Iterator[Fit]:
 
     run, start_up = compiled(partial(advance, step), states[0], budget.steps)
     lengths = checkpoints(budget.steps, TIMED_LENGTHS)
-    seconds = [timed(run, states[0], length, repeats=budget.timings) for length in lengths]
+    measured = [timed(run, states[0], length, repeats=budget.timings) for length in lengths]
+    seconds = np.interp(steps, lengths, measured)
     follow_all = jax.jit(lambda state: follow(step, state, steps, read))
     locs, scales, evaluations = jax.tree.map(lambda *rows: jnp.stack(rows), *map(follow_all, states))
-    path = (locs, scales)
-    yield problem.fit(
-        Setting("BLR()"), steps, np.asarray(evaluations), path, np.interp(steps, lengths, seconds), start_up
-    )
+    yield problem.fit(Setting("BLR()"), steps, np.asarray(evaluations), (locs, scales), seconds, start_up)
 
 
 def adam(make: Callable, method: str, problem: Problem) -> Iterator[Fit]:

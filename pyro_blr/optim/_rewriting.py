@@ -157,7 +157,7 @@ def direct(graph: fx.GraphModule) -> Callable[..., Any]:
     """The function of a finished graph, in torch's own Python functions.
 
     `torch.mul` does what `torch.ops.aten.mul.Tensor` does, without packing its arguments for the interpreter of
-    TorchScript: on small tensors it takes a third to a half less.
+    TorchScript (`benchmarks/traced.py` measures a step).
     """
     for node in operations(graph):
         name = node.target._schema.name.removeprefix("aten::")
