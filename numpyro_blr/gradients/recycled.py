@@ -35,6 +35,7 @@ from ..families import Block, Precision
 __all__ = ["Moments", "Pool", "append", "elbo", "init", "moments", "scaled", "squared_error", "standardized"]
 
 REGULAR, MAX_SHIFT = 2.0, 0.25
+FORGOTTEN = 4  # of a full pool, one part in so many
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +108,7 @@ def append(
     gradients: Array,
     hessians: Array,
 ) -> Pool:
-    """The pool with the pairs loc + C ε more, at ε = `noise` [K, 2, D]; a full pool forgets its older half."""
+    """The pool with the pairs loc + C ε more, at ε = `noise` [K, 2, D]; a full pool forgets its oldest quarter."""
     for pair in zip(noise, values, gradients, hessians, strict=True):
         pool = _with_pair(pool, blocks, loc, scales, pair)
     return pool
@@ -131,7 +132,7 @@ def _with_pair(
         log_mixture=jnp.logaddexp(pool.log_mixture, log_density(blocks, loc, scales, pool.points)),
         locs=written(pool.locs, loc),
         whiteners=written(pool.whiteners, whitener),
-        count=jnp.where(full, capacity - capacity // 2, pool.count) + 1,
+        count=jnp.where(full, capacity - capacity // FORGOTTEN, pool.count) + 1,
         row=(row + 1) % capacity,
     )
 
@@ -139,7 +140,7 @@ def _with_pair(
         points = lax.dynamic_index_in_dim(pool.points, row, keepdims=False)
         return lax.dynamic_update_index_in_dim(log_mixture, jax.nn.logsumexp(_under_each(pool, points), axis=0), row, 0)
 
-    # of the new row, or of all rows where half of the components have gone
+    # of the new row, or of all rows where some of the components have gone
     first, last = jnp.where(full, 0, row), jnp.where(full, capacity, row + 1)
     return replace(pool, log_mixture=lax.fori_loop(first, last, with_row, pool.log_mixture))
 
