@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.scipy.linalg import cho_solve
 
@@ -35,13 +36,13 @@ from ..families import Block, Precision
 __all__ = ["Moments", "Pool", "append", "elbo", "init", "moments", "scaled", "squared_error", "standardized"]
 
 REGULAR, MAX_SHIFT = 2.0, 0.25
-FORGOTTEN = 4  # of a full pool, one part in so many
+FORGOTTEN = 4  # of a full pool, one pair in so many
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Pool:
-    """The draws that are kept: room for K pairs, row after row, and from the first row again once all are taken.
+    """The draws that are kept: room for K pairs, row after row, the oldest first.
 
     Attributes:
         points: z_j, [K, 2, D].
@@ -49,8 +50,7 @@ class Pool:
         log_mixture: log Σ_k q_k(z_j) up to a constant, [K, 2].
         locs: m_k, [K, D].
         whiteners: C_k⁻¹, [K, D, D], or its diagonal, [K, D], where all blocks are diagonal.
-        count: pairs that are there, those of the last rows that were written.
-        row: that the next pair is written to.
+        count: pairs that are there, in the first rows.
     """
 
     points: Array
@@ -61,7 +61,6 @@ class Pool:
     locs: Array
     whiteners: Array
     count: Array
-    row: Array
 
 
 class Moments(NamedTuple):
@@ -94,7 +93,6 @@ def init(num_pairs: int, loc: Array, scales: tuple[Any, ...]) -> Pool:
         locs=jnp.zeros((num_pairs, size), dtype),
         whiteners=jnp.ones((num_pairs, size) if _mean_field(scales, size) else (num_pairs, size, size), dtype),
         count=jnp.zeros((), jnp.int32),
-        row=jnp.zeros((), jnp.int32),
     )
 
 
@@ -108,7 +106,7 @@ def append(
     gradients: Array,
     hessians: Array,
 ) -> Pool:
-    """The pool with the pairs loc + C ε more, at ε = `noise` [K, 2, D]; a full pool forgets its oldest quarter."""
+    """The pool with the pairs loc + C ε more, at ε = `noise` [K, 2, D]; a full pool forgets every fourth pair."""
     for pair in zip(noise, values, gradients, hessians, strict=True):
         pool = _with_pair(pool, blocks, loc, scales, pair)
     return pool
@@ -118,8 +116,10 @@ def _with_pair(
     pool: Pool, blocks: tuple[Block, ...], loc: Array, scales: tuple[Any, ...], pair: tuple[Array, ...]
 ) -> Pool:
     noise, values, gradients, hessians = pair
-    capacity, row, whitener = len(pool.points), pool.row, _whitener(blocks, scales)
+    capacity, whitener = len(pool.points), _whitener(blocks, scales)
     full = pool.count == capacity
+    pool = lax.cond(full, _thinned, lambda pool: pool, pool)
+    row = pool.count
 
     def written(stack: Array, value: Array) -> Array:
         return lax.dynamic_update_index_in_dim(stack, value, row, 0)
@@ -132,17 +132,26 @@ def _with_pair(
         log_mixture=jnp.logaddexp(pool.log_mixture, log_density(blocks, loc, scales, pool.points)),
         locs=written(pool.locs, loc),
         whiteners=written(pool.whiteners, whitener),
-        count=jnp.where(full, capacity - capacity // FORGOTTEN, pool.count) + 1,
-        row=(row + 1) % capacity,
+        count=row + 1,
     )
 
     def with_row(row: Array, log_mixture: Array) -> Array:
         points = lax.dynamic_index_in_dim(pool.points, row, keepdims=False)
         return lax.dynamic_update_index_in_dim(log_mixture, jax.nn.logsumexp(_under_each(pool, points), axis=0), row, 0)
 
-    # of the new row, or of all rows where some of the components have gone
-    first, last = jnp.where(full, 0, row), jnp.where(full, capacity, row + 1)
-    return replace(pool, log_mixture=lax.fori_loop(first, last, with_row, pool.log_mixture))
+    first = jnp.where(full, 0, row)  # all rows where some of the components have gone, or the new one alone
+    return replace(pool, log_mixture=lax.fori_loop(first, row + 1, with_row, pool.log_mixture))
+
+
+def _thinned(pool: Pool) -> Pool:
+    """Without one pair in `FORGOTTEN`, of all ages alike; `log_mixture` has all components still.
+
+    The early Gaussians are wide, and bound the weights of the draws in the tails of the present one: without all of
+    them at once, the estimate would jump.
+    """
+    kept = np.arange(len(pool.points)) % FORGOTTEN > 0
+    order = np.argsort(~kept, kind="stable")
+    return jax.tree.map(lambda leaf: leaf[order] if leaf.ndim else jnp.full_like(leaf, kept.sum()), pool)
 
 
 def moments(pool: Pool, blocks: tuple[Block, ...], loc: Array, scales: tuple[Any, ...]) -> Moments:
@@ -268,7 +277,5 @@ def scaled(blocks: tuple[Block, ...], scales: tuple[Any, ...], noise: Array) -> 
 
 
 def _there(pool: Pool) -> Array:
-    """Which rows are, by how many pairs have been written since."""
-    capacity = len(pool.points)
-    age = (pool.row - 1 - jnp.arange(capacity, dtype=jnp.int32)) % capacity
-    return age < pool.count
+    """Which rows are, [K]."""
+    return jnp.arange(len(pool.points), dtype=jnp.int32) < pool.count

@@ -36,7 +36,7 @@ from ..families import Block, Precision
 __all__ = ["Moments", "Pool", "append", "elbo", "init", "moments", "scaled", "squared_error", "standardized"]
 
 REGULAR, MAX_SHIFT = 2.0, 0.25
-FORGOTTEN = 4  # of a full pool, one part in so many
+FORGOTTEN = 4  # of a full pool, one pair in so many
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def append(
     gradients: Tensor,
     hessians: Tensor,
 ) -> Pool:
-    """The pool with the pairs loc + C ε more, at ε = `noise` [K, 2, D]; a full pool forgets its oldest quarter."""
-    pool = _without_oldest(pool, blocks) if pool.count == pool.capacity else pool
+    """The pool with the pairs loc + C ε more, at ε = `noise` [K, 2, D]; a full pool forgets every fourth pair."""
+    pool = _thinned(pool, blocks) if pool.count == pool.capacity else pool
     found = (noise, values, gradients, hessians)
     if (room := pool.capacity - pool.count) < len(noise):
         pool = append(pool, blocks, loc, scales, *(array[:room] for array in found))
@@ -255,19 +255,24 @@ def _with_component(pool: Pool, blocks: tuple[Block, ...], loc: Tensor, scales: 
     return torch.logaddexp(pool.log_mixture, log_density(blocks, loc, scales, pool.points) + math.log(times))
 
 
-def _without_oldest(pool: Pool, blocks: tuple[Block, ...]) -> Pool:
-    first = pool.capacity // FORGOTTEN
-    points, locs = pool.points[first:], pool.locs[first:]
-    scales = tuple(scale[first:] for scale in pool.scales)
-    log_mixture = torch.full_like(pool.log_mixture[first:], -torch.inf)
+def _thinned(pool: Pool, blocks: tuple[Block, ...]) -> Pool:
+    """Without one pair in `FORGOTTEN`, of all ages alike.
+
+    The early Gaussians are wide, and bound the weights of the draws in the tails of the present one: without all of
+    them at once, the estimate would jump.
+    """
+    kept = torch.arange(pool.count, device=pool.points.device) % FORGOTTEN > 0
+    points, locs = pool.points[kept], pool.locs[kept]
+    scales = tuple(scale[kept] for scale in pool.scales)
+    log_mixture = torch.full_like(pool.log_mixture[kept], -torch.inf)
     for index, loc in enumerate(locs):
         component = log_density(blocks, loc, tuple(scale[index] for scale in scales), points)
         log_mixture = torch.logaddexp(log_mixture, component)
     return Pool(
         points,
-        pool.values[first:],
-        pool.gradients[first:],
-        pool.hessians[first:],
+        pool.values[kept],
+        pool.gradients[kept],
+        pool.hessians[kept],
         log_mixture,
         locs,
         scales,

@@ -50,18 +50,20 @@ def gaussian(random: np.random.Generator, parts: tuple, spread: float = 0.3) -> 
     return loc, tuple(scales), factor
 
 
-def pooled(backend, random, parts, cube, num_pairs: int, capacity: int = 64, offset: float = 0.0):
-    """A pool of draws of as many Gaussians, and (blocks, module)."""
+def pooled(backend, random, parts, cube, num_pairs: int, capacity: int = 64, offset: float = 0.0, forgotten=()):
+    """A pool of draws of as many Gaussians, but for those of these numbers, and (blocks, module)."""
     recycled, blocks = backend.module("gradients.recycled"), backend.blocks(parts)
 
     def append(pool, loc, scales, noise, values, gradients, hessians):
         return recycled.append(pool, blocks, loc, scales, noise, values, gradients, hessians)
 
     append, pool = backend.compiled(append), None
-    for _ in range(num_pairs):
+    for number in range(num_pairs):
         loc, scales, factor = gaussian(random, parts)
         loc = loc + offset
         noise = random.normal(size=DIMENSION)
+        if number in forgotten:
+            continue
         noise = np.stack([noise, -noise])
         points = loc + noise @ factor.T
         given = backend.array(loc), tuple(map(backend.array, scales))
@@ -165,15 +167,14 @@ def test_the_average_over_pools_is_the_expectation(backend):
     assert 0.3 < np.mean(claimed) / plain < 3
 
 
-def test_a_full_pool_forgets_its_oldest_quarter(backend):
+def test_a_full_pool_forgets_every_fourth_pair(backend):
     """The draws that stay are weighted as if the others had never been made."""
-    parts = PARTS["mixed"]
-    full, blocks, recycled = pooled(backend, np.random.default_rng(4), parts, CUBE, num_pairs=9, capacity=8)
-    assert int(full.count) == 7
-    generator = np.random.default_rng(4)
-    for _ in range(2):  # what the first two pairs took of the generator
-        gaussian(generator, parts), generator.normal(size=DIMENSION)
-    fresh, *_ = pooled(backend, generator, parts, CUBE, num_pairs=7, capacity=8)
+    parts, seed = PARTS["mixed"], 4
+    full, blocks, recycled = pooled(backend, np.random.default_rng(seed), parts, CUBE, num_pairs=11, capacity=8)
+    # of pairs 0 to 7 the fifth and the first, and of those that were there when 10 came
+    forgotten = (0, 4, 1, 6)
+    fresh, *_ = pooled(backend, np.random.default_rng(seed), parts, CUBE, num_pairs=11, forgotten=forgotten)
+    assert int(full.count) == int(fresh.count) == 7
     loc, scales, _ = gaussian(np.random.default_rng(1), parts)
     kept, anew = (estimate(backend, pool, blocks, recycled, loc, scales) for pool in (full, fresh))
     assert_allclose(np.sort(kept.weights, axis=None)[-14:], np.sort(anew.weights, axis=None)[-14:], rtol=1e-10)
