@@ -146,7 +146,7 @@ def _with_pair(
 def _thinned(pool: Pool) -> Pool:
     """Without one pair in `FORGOTTEN`, of all ages alike; `log_mixture` has all components still.
 
-    The early Gaussians are wide, and bound the weights of the draws in the tails of the present one: without all of
+    Early Gaussians are often wide, and bound the weights of the draws in the tails of the present one: without all of
     them at once, the estimate would jump.
     """
     kept = np.arange(len(pool.points)) % FORGOTTEN > 0

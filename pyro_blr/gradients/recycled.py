@@ -258,7 +258,7 @@ def _with_component(pool: Pool, blocks: tuple[Block, ...], loc: Tensor, scales: 
 def _thinned(pool: Pool, blocks: tuple[Block, ...]) -> Pool:
     """Without one pair in `FORGOTTEN`, of all ages alike.
 
-    The early Gaussians are wide, and bound the weights of the draws in the tails of the present one: without all of
+    Early Gaussians are often wide, and bound the weights of the draws in the tails of the present one: without all of
     them at once, the estimate would jump.
     """
     kept = torch.arange(pool.count, device=pool.points.device) % FORGOTTEN > 0

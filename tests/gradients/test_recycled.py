@@ -171,8 +171,7 @@ def test_a_full_pool_forgets_every_fourth_pair(backend):
     """The draws that stay are weighted as if the others had never been made."""
     parts, seed = PARTS["mixed"], 4
     full, blocks, recycled = pooled(backend, np.random.default_rng(seed), parts, CUBE, num_pairs=11, capacity=8)
-    # of pairs 0 to 7 the fifth and the first, and of those that were there when 10 came
-    forgotten = (0, 4, 1, 6)
+    forgotten = (0, 4, 1, 6)  # the first and the fifth of the eight that were there, when 8 came and when 10 did
     fresh, *_ = pooled(backend, np.random.default_rng(seed), parts, CUBE, num_pairs=11, forgotten=forgotten)
     assert int(full.count) == int(fresh.count) == 7
     loc, scales, _ = gaussian(np.random.default_rng(1), parts)

@@ -290,8 +290,8 @@ OUTLIERS_GUIDES = (
 def test_a_line_with_outliers(backend, guide):
     """All three guides end at the best of their kind and at the posterior's means, hence at one another's.
 
-    So they do from most seeds: mean field has two more optima, 6 and 10 nats below, where about one in eight ends,
-    with any number of draws a step.
+    So they do from most seeds, of which this is one: mean field has two more optima, 6 and 10 nats below, and some fits
+    end there.
     """
     best = outliers_best(guide is cases.FULL_RANK)
     fit = backend.start(outliers_model, guide.make, outliers()).again(seed=1).run(60)
