@@ -307,14 +307,16 @@ class NumPyroBridge(Bridge):
         """The rule's state at m = `loc`."""
         return self.ivon.init({name: self.array(value) for name, value in loc.items()}, settings)
 
-    def ivon_step(self, state: Any, gradient: dict, estimate: dict, priors: dict, rate: float, settings: Any) -> Any:
-        """A step of the rule from ĝ and ĥ, compiled by itself."""
-        arrays = [{name: self.array(value) for name, value in values.items()} for values in (gradient, estimate)]
-        return self._ivon_step(state, *arrays, self.xp.asarray(True), priors, self.array(rate), settings)
+    def ivon_step(self, state: Any, gradient: dict, estimate: Any, priors: dict, rate: float, settings: Any) -> Any:
+        """A step of the rule from ĝ and ĥ, or None, compiled by itself."""
+        found = (gradient, gradient if estimate is None else estimate)
+        arrays = [{name: self.array(value) for name, value in values.items()} for values in found]
+        usable, estimated = self.xp.asarray(True), self.xp.asarray(estimate is not None)
+        return self._ivon_step(state, *arrays, usable, estimated, priors, self.array(rate), settings)
 
     @cached_property
     def _ivon_step(self) -> Callable:
-        return self.jax.jit(self.ivon.step, static_argnums=6)
+        return self.jax.jit(self.ivon.step, static_argnums=7)
 
     def ivon_unknown_prior(self) -> Any:
         """Of a site whose prior's term stays in the loss."""
@@ -609,9 +611,10 @@ class PyroBridge(Bridge):
         hessian = {name: self.torch.empty_like(value) for name, value in start.items()}
         return self.ivon.init(start, hessian, {name: ((1, value.shape),) for name, value in start.items()}, settings)
 
-    def ivon_step(self, state: Any, gradient: dict, estimate: dict, priors: dict, rate: float, settings: Any) -> Any:
-        """A step of the rule from ĝ and ĥ, which writes in place."""
-        found = [(name, self.array(gradient[name]), self.array(estimate[name])) for name in gradient]
+    def ivon_step(self, state: Any, gradient: dict, estimate: Any, priors: dict, rate: float, settings: Any) -> Any:
+        """A step of the rule from ĝ and ĥ, or None, which writes in place."""
+        estimates = {name: None if estimate is None else self.array(estimate[name]) for name in gradient}
+        found = [(name, self.array(gradient[name]), estimates[name]) for name in gradient]
         return self.ivon.step(state, found, priors, rate, settings)
 
     def ivon_unknown_prior(self) -> Any:

@@ -307,6 +307,7 @@ class IVONSettings:
     beta3: float = 0.99
     hess_init: float = 0.1
     clip_radius: float = float("inf")
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -376,24 +377,27 @@ def published_ivon(weights: Weights, draw: np.ndarray, gradient: np.ndarray, rat
 
 
 def factored_estimate(weights: Weights, draw: np.ndarray, gradient: np.ndarray, s: IVONSettings) -> np.ndarray:
-    """ĥ = ε (ĝ − ḡ)/σ − h (ε² − 1), with the debiased ḡ of the steps before."""
+    """ĥ = ε (ĝ − ḡ)/((1 + s) σ) − h (ε² − 1), with the debiased ḡ of the steps before, and s that of a pair."""
     scale = weights.scale(s)
     noise = (draw - weights.loc) / scale
-    slope = weights.momentum / (1 - s.beta1**weights.count) if weights.count else 0.0
-    return noise * (gradient - slope) / scale - weights.hessian * (noise**2 - 1)
+    debiased = 1 - s.beta1 ** max(weights.count, 1)
+    echo = (1 - s.beta1) / debiased if s.paired else 0.0
+    return noise * (gradient - weights.momentum / debiased) / (1 + echo) / scale - weights.hessian * (noise**2 - 1)
 
 
 def factored_ivon(
-    weights: Weights, gradient: np.ndarray, estimate: np.ndarray, rate: float, s: IVONSettings
+    weights: Weights, gradient: np.ndarray, estimate: np.ndarray | None, rate: float, s: IVONSettings
 ) -> Weights:
-    """The default recursion, from ĝ and ĥ; a step has a unit of s₀, of √128 s₀² where that is less."""
+    """The default recursion, from ĝ and ĥ, or none; a step has a unit of s₀, of √128 s₀² where that is less."""
     count = weights.count + 1
     momentum = s.beta1 * weights.momentum + (1 - s.beta1) * gradient
-    straight = s.beta2 * weights.hessian + (1 - s.beta2) * estimate
-    halved = (weights.hessian + s.weight_decay) / 2 - s.weight_decay
-    if count <= 100:
-        mean = weights.hessian.mean()
-        straight = straight + max((estimate.mean() - mean) / count, s.hess_init - mean)
+    hessian, steps = weights.hessian, 2 if s.paired else 1
+    if estimate is not None:
+        memory = s.beta2**steps
+        straight, mean = memory * hessian + (1 - memory) * estimate, hessian.mean()
+        if count <= 100:
+            straight = straight + max((estimate.mean() - mean) / np.ceil(count / steps), s.hess_init - mean)
+        hessian = np.maximum(straight, (hessian + s.weight_decay) / 2 - s.weight_decay)
     pull = s.weight_decay * (weights.loc - s.prior_loc)
     rows, columns = (
         s.beta3 * old + (1 - s.beta3) * new
@@ -415,7 +419,7 @@ def factored_ivon(
     return Weights(
         loc=weights.loc - rate * unit * np.clip(direction, -s.clip_radius, s.clip_radius),
         momentum=momentum,
-        hessian=np.maximum(straight, halved),
+        hessian=hessian,
         rows=rows,
         columns=columns,
         count=count,

@@ -12,6 +12,12 @@ With q(w) = N(m, diag σ²), N data, ℓ̄ the loss averaged over them, a prior 
 Both ĥ estimate E_q[diag ∇²ℓ̄] (Price's theorem). The second takes from ℓ̄ its quadratic surrogate ⟨ḡ, w⟩ + ½ h (w − m)²,
 whose own share is known: what is left has no noise where the surrogate is exact, where ε ĝ / σ keeps |ĝ| / σ for ever.
 
+Where a step has one draw, two steps are at an antithetic pair (`paired`): the second draws −ε with the same σ, and what
+the noise adds to ĝ in the first order, ± H σ ε, cancels in the average. Only then does h move. ḡ has the first's ĝ in
+it by then, with the noise of −ε and a share of s = (1 − β₁)/(1 − β₁ᵗ), hence
+
+    ĥ = ε (ĝ − ḡ) / ((1 + s) σ) − h (ε² − 1),        h ← β₂² h + (1 − β₂²) ĥ                        `echo`
+
 The posterior's precision and the preconditioner of the mean are two things: E_q[∇ℓ] = 0 is the same point for every
 preconditioner. `"factored"` moves the mean by the root of the averaged squares of the gradient at the drawn weights. Of
 a matrix it keeps the means of its rows and columns alone. Its unit u is the standard deviation s₀ of the prior, as if
@@ -51,6 +57,7 @@ __all__ = [
     "Settings",
     "State",
     "curvature",
+    "echo",
     "init",
     "kl_divergence",
     "precision_of",
@@ -84,6 +91,7 @@ class Settings:
     Attributes:
         num_data: N.
         preconditioner: `"factored"` or `"posterior"`.
+        paired: whether two steps are at an antithetic pair of draws.
         beta1, beta2, beta3: memory of ḡ, h and v.
         hess_init: h₀.
         clip_radius: c.
@@ -91,6 +99,7 @@ class Settings:
 
     num_data: float
     preconditioner: str
+    paired: bool
     beta1: float
     beta2: float
     beta3: float
@@ -144,23 +153,35 @@ def scale_of(hessian: Array, prior: Prior, num_data: float, temperature: Array |
     return 1 / jnp.sqrt(precision_of(hessian, prior, num_data, temperature))
 
 
+def echo(count: Array, settings: Settings, dtype: jnp.dtype) -> Array:
+    """s, the share of the last step's ĝ in ḡ/(1 − β₁ᵗ), where this step draws at the mirror image of that one."""
+    share = (1 - settings.beta1) / debias(settings.beta1, jnp.maximum(count, 1), dtype)
+    return share if settings.paired else jnp.zeros((), dtype)
+
+
 def surrogate(state: State, settings: Settings) -> dict[str, tuple[Array, Array]]:
-    """(ḡ/(1 − β₁ᵗ), h) of each site, of the ⟨ḡ, w⟩ + ½ h (w − m)² that is taken from the loss; (0, 0) as published."""
+    """(ḡ/(1 − β₁ᵗ), (1 + s) h) of each site, which the surrogate ⟨ḡ, w⟩ + ½ h (w − m)² takes from ĝ; as published 0."""
     if settings.preconditioner == "posterior":
         return {name: (jnp.zeros((), m.dtype), jnp.zeros((), m.dtype)) for name, m in state.loc.items()}
     count = jnp.maximum(state.count, 1)
     return {
-        name: (state.momentum[name] / debias(settings.beta1, count, m.dtype), state.hessian[name])
+        name: (
+            state.momentum[name] / debias(settings.beta1, count, m.dtype),
+            (1 + echo(state.count, settings, m.dtype)) * state.hessian[name],
+        )
         for name, m in state.loc.items()
     }
 
 
-def curvature(product: Array, precision: Array, hessian: Array) -> Array:
-    """ĥ = h + σ ε (ĝ − ḡ − h σ ε) / σ², from the `product` over σ², averaged over particles, and `precision` = 1/σ².
+def curvature(product: Array, precision: Array, hessian: Array, count: Array, settings: Settings) -> Array:
+    """ĥ = h + σ ε (ĝ − ḡ − (1 + s) h σ ε) / ((1 + s) σ²), from the `product` over σ², averaged over particles.
 
-    The product is σ times the gradient, with respect to σ, of ℓ̄ less its surrogate. Without a surrogate h and ḡ are 0.
+    The product is σ times the gradient, with respect to σ, of ℓ̄ less its surrogate. `precision` is 1/σ². Without a
+    surrogate h and ḡ are 0.
     """
-    return hessian + product * precision
+    if settings.preconditioner == "posterior":
+        return product * precision
+    return hessian + product * precision / (1 + echo(count, settings, hessian.dtype))
 
 
 def averaged_hessian(hessian: Array, estimate: Array, prior: Prior, settings: Settings, count: Array) -> Array:
@@ -170,16 +191,18 @@ def averaged_hessian(hessian: Array, estimate: Array, prior: Prior, settings: Se
     domain, at the price of a bias upwards by (1 − β₂) Var(ĥ) / (2 (h + δ)) in the long run. The other takes the
     straight step wherever that keeps half of the precision, and half of it elsewhere. An average with a long memory
     would be long in learning that h₀ is far too small, with draws too wide to learn from: in the first `START` steps,
-    h ← h + max(mean(ĥ − h)/t, h₀ − mean(h)), by which the mean of h over the part is that of all ĥ so far, if over h₀.
+    h ← h + max(mean(ĥ − h)/n, h₀ − mean(h)), by which the mean of h over the part is that of n ĥ so far, if over h₀.
     """
-    forgotten = 1 - settings.beta2
+    steps = 2 if settings.paired else 1  # of one ĥ
+    forgotten = 1 - settings.beta2**steps
     straight = hessian + forgotten * (estimate - hessian)
     if settings.preconditioner == "posterior":
         return straight + 0.5 * (forgotten * (hessian - estimate)) ** 2 / (hessian + prior.precision)
 
     def shift() -> Array:
         mean = hessian.mean()
-        return jnp.maximum((estimate.mean() - mean) / count.astype(mean.dtype), settings.hess_init - mean)
+        number = -(-count // steps)
+        return jnp.maximum((estimate.mean() - mean) / number.astype(mean.dtype), settings.hess_init - mean)
 
     straight += jax.lax.cond(count <= START, shift, lambda: jnp.zeros((), hessian.dtype))
     return jnp.maximum(straight, 0.5 * (hessian - prior.precision))
@@ -190,21 +213,23 @@ def step(
     gradient: Mapping[str, Array],
     estimate: Mapping[str, Array],
     usable: Array,
+    estimated: Array,
     priors: Mapping[str, Prior],
     learning_rate: Array | float,
     settings: Settings,
 ) -> State:
     """One step of every site from ĝ = `gradient` and ĥ = `estimate`, of the part of ℓ̄ that the priors are not.
 
-    Where they are not `usable`, everything stays as it is. Site after site, and h before m before ḡ: each is written
-    over when nobody is going to read it (`there`).
+    Where they are not `usable`, everything stays as it is, and h where it is not `estimated`, as in the first step of a
+    pair. Site after site, and h before m before ḡ: each is written over when nobody is going to read it (`there`).
     """
     count, ready = state.count + 1, usable
     loc, momentum, hessian, second_moment = dict(state.loc), dict(state.momentum), dict(state.hessian), {}
     for name, prior in priors.items():
         m, h, g_average = loc[name], hessian[name], momentum[name]
         h_estimate = jnp.where(ready, estimate[name], h)
-        hessian[name] = jnp.where(ready, averaged_hessian(h, h_estimate, prior, settings, count), h)
+        averaged = averaged_hessian(h, h_estimate, prior, settings, count)
+        hessian[name] = jnp.where(ready & estimated, averaged, h)
         ready &= there(hessian[name])
 
         g, dtype = jnp.where(ready, gradient[name], 0), m.dtype

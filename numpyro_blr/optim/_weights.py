@@ -7,6 +7,7 @@ every step, and is no faster.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,9 +23,9 @@ from numpyro.primitives import Messenger
 
 from ._ivon import Prior, Weights, there
 from ._layout import Layout, Site, subsampled, unwrap
-from ._noise import materialised_normals
+from ._noise import bits, materialised_normals
 
-__all__ = ["LogDensity", "Perturb", "check_layout", "placeholders", "survey"]
+__all__ = ["LogDensity", "Pair", "Perturb", "check_layout", "placeholders", "survey"]
 
 GROUPS = 32  # of sites whose noise is one array
 CHUNK = 2**18  # weights at which a group is full, if there are not more than `GROUPS` times as many
@@ -143,6 +144,20 @@ class LogDensity(dist.Distribution):
         return self.log_density
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pair:
+    """What the second draw of an antithetic pair takes from the first.
+
+    Attributes:
+        words: of which its noise is a function.
+        due: whether the next draw is the second.
+    """
+
+    words: Array
+    due: Array
+
+
 @jax.custom_vjp
 def perturbed(loc: Array, stretch: Array, offset: Array) -> Array:
     """w = m + (1 + r) σ ε at r = 0, of the `offset` σ ε, which is not kept for the gradient: it is w − m."""
@@ -189,8 +204,9 @@ class Perturb(Messenger):
     ½ b (w − m)² is taken, with a site's `surrogate` (a, b).
 
     ε of a group of sites is one array, cut into theirs: a generator for each takes twice as long to compile, and one
-    for all a copy of the weights. It is a function of the key that the host gives the first of them, so that particles
-    have draws of their own, and of the position on `axis_name`, so that workers have.
+    for all a copy of the weights. It is a function of two `words`: those of `pair` where it is due, and the draw is the
+    mirror image of the last, m − σ ε; else of the key that the host gives the first site, so that particles have draws
+    of their own, and of the position on `axis_name`, so that workers have.
     """
 
     def __init__(
@@ -200,6 +216,7 @@ class Perturb(Messenger):
         stretch: Weights,
         scale: Weights,
         surrogate: Mapping[str, tuple[Array, Array]],
+        pair: Pair,
         known: Collection[str],
         axis_name: Any,
     ) -> None:
@@ -208,6 +225,8 @@ class Perturb(Messenger):
         self.loc, self.stretch, self.scale, self.surrogate = loc, stretch, scale, surrogate
         self.known = known
         self.axis_name = axis_name
+        self.pair = pair
+        self.words: list[Array] = []  # one pair of them each time the guide is traced, as `TraceGraph_ELBO` does twice
         self.groups = grouped({name: array.size for name, array in loc.items()})
         self.noise: Weights = {}  # of sites that are yet to be drawn
         self.latest = next(iter(loc.values()))  # what was drawn last
@@ -236,16 +255,20 @@ class Perturb(Messenger):
         msg["value"], msg["fn"], msg["intermediates"] = value, LogDensity(log_density, event_shape), []
 
     def _noise_of_group(self, first: str, rng_key: Array) -> Weights:
-        """ε of the sites that share an array with the `first` of them, made once what was drawn before is there."""
-        if self.axis_name is not None:
-            rng_key = random.fold_in(rng_key, jax.lax.axis_index(self.axis_name))
-        names = next(group for group in self.groups if first in group)
+        """±ε of the sites that share an array with the `first` of them, made once what was drawn before is there."""
+        number, names = next((number, group) for number, group in enumerate(self.groups) if first in group)
+        if number == 0:
+            if self.axis_name is not None:
+                rng_key = random.fold_in(rng_key, jax.lax.axis_index(self.axis_name))
+            self.words.append(jnp.where(self.pair.due, self.pair.words, bits(rng_key, 2)))
+        rng_key = random.fold_in(random.wrap_key_data(self.words[-1], impl="threefry2x32"), number)
         locs = [self.loc[name] for name in names]
         ends = np.cumsum([loc.size for loc in locs])
         zero = jnp.where(there(jax.lax.stop_gradient(self.latest)), 0, jnp.nan).astype(jnp.result_type(*locs))
         pieces = jnp.split(materialised_normals(rng_key, int(ends[-1]), zero), ends[:-1])
+        sign = jnp.where(self.pair.due, -1, 1)
         return {
-            name: piece.reshape(loc.shape).astype(loc.dtype)
+            name: (sign * piece).reshape(loc.shape).astype(loc.dtype)
             for name, piece, loc in zip(names, pieces, locs, strict=True)
         }
 

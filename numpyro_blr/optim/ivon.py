@@ -40,6 +40,7 @@ class IVONState:
         known: the sites whose prior is a Normal with constant parameters, and so no part of the estimates.
         sums: Σ ĝ and Σ ĥ over the updates since the last step; empty where every update is a step.
         updates: so far; a step is taken at each `accumulation_steps`-th.
+        pair: where two draws are an antithetic pair, what the second takes from the first.
         params: the parameters of no site, by name, and their optimizer's state, `others`.
         layout: which parameter is which site's.
         settings: what does not change, N among them.
@@ -49,6 +50,7 @@ class IVONState:
     priors: dict[str, Prior]
     sums: tuple[Weights, Weights]
     updates: Array
+    pair: _weights.Pair
     params: dict[str, Any]
     others: Any
     layout: Layout
@@ -64,11 +66,12 @@ class IVONState:
 class IVON(_NumPyroOptim):
     """Variational online Newton for networks: swap the optimizer of the stock `SVI`, change nothing else.
 
-    A diagonal Gaussian over many weights at the cost of AdamW: one gradient a step, at one draw of the weights. Takes
-    the mean-field guides of the host (`AutoNormal`, `AutoDiagonalNormal`, hand-written `Normal` sites fed by
-    parameters). The number of data is the model's: the scale of the observed sites, from plates or handlers; the
-    precision of the prior is the prior's, and its share of gradient and curvature is exact where it is a Normal with
-    constant parameters. What the guide says of the scales at the start is replaced by `hess_init`.
+    A diagonal Gaussian over many weights at the cost of AdamW: one gradient a step, at one draw of the weights, which
+    every second time is the mirror image of the one before (not as published, nor where a step averages over particles,
+    updates or workers). Takes the mean-field guides of the host (`AutoNormal`, `AutoDiagonalNormal`, hand-written
+    `Normal` sites fed by parameters). The number of data is the model's: the scale of the observed sites, from plates
+    or handlers; the precision of the prior is the prior's, and its share of gradient and curvature is exact where it is
+    a Normal with constant parameters. What the guide says of the scales at the start is replaced by `hess_init`.
 
         σ² = τ / (N (h + δ)),   h ← β₂ h + (1 − β₂) ĥ,   m ← m − α · direction        (`_ivon.py` has every equation)
 
@@ -136,9 +139,11 @@ class IVON(_NumPyroOptim):
         layout = recognise(svi, args, kwargs, params, learned_scales_only=True, rule="IVON")
         _weights.check_layout(layout)
         num_data, priors = _weights.survey(svi, args, kwargs, layout, params)
+        alone = svi.loss.num_particles == self.accumulation_steps == 1 and self.axis_name is None
         settings = Settings(
             num_data=num_data,
             preconditioner=self.preconditioner,
+            paired=self.preconditioner == "factored" and alone,
             beta1=self.beta1,
             beta2=self.beta2,
             beta3=self.beta3,
@@ -152,6 +157,7 @@ class IVON(_NumPyroOptim):
             priors=priors,
             sums=_zeros(weights, self.accumulation_steps),
             updates=jnp.zeros((), jnp.int32),
+            pair=_weights.Pair(words=jnp.zeros(2, jnp.uint32), due=jnp.zeros((), bool)),
             params=jax.tree.map(jnp.array, own),  # no buffer twice, so that the state can be donated
             others=self.others.init(own),
             layout=layout,
@@ -182,26 +188,29 @@ class IVON(_NumPyroOptim):
                 "forward_mode_differentiation=True, or use BLR."
             )
         weights, settings, layout = opt_state.weights, opt_state.settings, opt_state.layout
-        scales, surrogate = self._scales(opt_state), _ivon.surrogate(weights, settings)
+        scales, surrogate, pair = self._scales(opt_state), _ivon.surrogate(weights, settings), opt_state.pair
 
         def objective(loc: Weights, stretch: Weights, own: dict[str, Any]) -> tuple[Array, Any]:
             """ℓ̄ at the draw of the weights, its gradient less that of the surrogate."""
             total = {name: (settings.num_data * a, settings.num_data * b) for name, (a, b) in surrogate.items()}
-            with _weights.Perturb(layout, loc, stretch, scales, total, opt_state.known, self.axis_name):
+            drawn = _weights.Perturb(layout, loc, stretch, scales, total, pair, opt_state.known, self.axis_name)
+            with drawn:
                 loss, aux = fn({**_weights.placeholders(layout, weights.loc), **own})
-            return loss / settings.num_data, aux
+            # of several particles, the host maps over the draws
+            return loss / settings.num_data, (aux, drawn.words[0] if settings.paired else pair.words)
 
         point = (weights.loc, jax.tree.map(jnp.zeros_like, weights.loc), opt_state.params)
         if self.axis_name is not None:
             point = _varying(point, self.axis_name)
-        (loss, aux), (gradient, product, g_own) = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)(*point)
+        (loss, (aux, words)), (gradient, product, g_own) = jax.value_and_grad(
+            objective, argnums=(0, 1, 2), has_aux=True
+        )(*point)
         g_own = jax.tree.map(lambda g: settings.num_data * g, g_own)  # of the loss itself, as the host would hand it on
         temperature = self._temperature(opt_state)
         estimate = {}
-        for name, (_, hessian) in surrogate.items():
-            own, prior = weights.hessian[name], opt_state.priors[name]
-            precision = _ivon.precision_of(own, prior, settings.num_data, temperature)
-            estimate[name] = _ivon.curvature(product[name], precision, hessian)
+        for name, hessian in weights.hessian.items():
+            precision = _ivon.precision_of(hessian, opt_state.priors[name], settings.num_data, temperature)
+            estimate[name] = _ivon.curvature(product[name], precision, hessian, weights.count, settings)
         if self.axis_name is not None:
             loss, gradient, estimate, g_own = jax.lax.pmean((loss, gradient, estimate, g_own), self.axis_name)
         divergence = self._divergence(opt_state)
@@ -210,6 +219,8 @@ class IVON(_NumPyroOptim):
         sums = jnp.stack([loss, divergence, *(jnp.sum(value) for value in gradient.values())])
         usable = all_finite(sums, g_own)
         next_state = self._updated(opt_state, gradient, estimate, g_own, loss, usable)
+        due = usable & ~pair.due if settings.paired else pair.due
+        next_state = replace(next_state, pair=_weights.Pair(words=words, due=due))
         return (settings.num_data * loss + divergence, aux), (count + 1, next_state)
 
     def _updated(
@@ -231,7 +242,8 @@ class IVON(_NumPyroOptim):
         def advance(_: None) -> tuple[State, tuple[Weights, Weights]]:
             rate = self.learning_rate(weights.count) if callable(self.learning_rate) else self.learning_rate
             priors, settings = opt_state.priors, opt_state.settings
-            moved = _ivon.step(weights, gradient, estimate, usable, priors, rate, settings)
+            estimated = opt_state.pair.due | (not settings.paired)
+            moved = _ivon.step(weights, gradient, estimate, usable, estimated, priors, rate, settings)
             return moved, jax.tree.map(jnp.zeros_like, sums)
 
         if steps > 1:
@@ -256,7 +268,8 @@ class IVON(_NumPyroOptim):
         return (jnp.where(used, loss, jnp.nan), aux), next_state
 
     def _temperature(self, opt_state: IVONState) -> Array | float:
-        return self.temperature(opt_state.weights.count) if callable(self.temperature) else self.temperature
+        count = opt_state.weights.count - opt_state.pair.due.astype(jnp.int32)  # one for both draws of a pair
+        return self.temperature(count) if callable(self.temperature) else self.temperature
 
     def _scales(self, opt_state: IVONState) -> Weights:
         num_data, temperature = opt_state.settings.num_data, self._temperature(opt_state)

@@ -12,6 +12,12 @@ With q(w) = N(m, diag σ²), N data, ℓ̄ the loss averaged over them, a prior 
 Both ĥ estimate E_q[diag ∇²ℓ̄] (Price's theorem). The second takes from ℓ̄ its quadratic surrogate ⟨ḡ, w⟩ + ½ h (w − m)²,
 whose own share is known: what is left has no noise where the surrogate is exact, where ε ĝ / σ keeps |ĝ| / σ for ever.
 
+Where a step has one draw, two steps are at an antithetic pair (`paired`): the second draws −ε with the same σ, and what
+the noise adds to ĝ in the first order, ± H σ ε, cancels in the average. Only then does h move. ḡ has the first's ĝ in
+it by then, with the noise of −ε and a share of s = (1 − β₁)/(1 − β₁ᵗ), hence
+
+    ĥ = ε (ĝ − ḡ) / ((1 + s) σ) − h (ε² − 1),        h ← β₂² h + (1 − β₂²) ĥ                        `echo`
+
 The posterior's precision and the preconditioner of the mean are two things: E_q[∇ℓ] = 0 is the same point for every
 preconditioner. `"factored"` moves the mean by the root of the averaged squares of the gradient at the drawn weights. Of
 a matrix it keeps the means of its rows and columns alone. Its unit u is the standard deviation s₀ of the prior, as if
@@ -48,8 +54,10 @@ __all__ = [
     "Settings",
     "State",
     "curvature",
+    "divergence_of_loc",
+    "divergence_of_scale",
+    "echo",
     "init",
-    "kl_divergence",
     "precision_of",
     "residual",
     "scale_of",
@@ -87,6 +95,7 @@ class Settings:
     Attributes:
         num_data: N.
         preconditioner: `"factored"` or `"posterior"`.
+        paired: whether two steps are at an antithetic pair of draws.
         beta1, beta2, beta3: memory of ḡ, h and v.
         hess_init: h₀.
         clip_radius: c.
@@ -94,6 +103,7 @@ class Settings:
 
     num_data: float
     preconditioner: str
+    paired: bool
     beta1: float
     beta2: float
     beta3: float
@@ -159,26 +169,31 @@ def scale_of(hessian: Tensor, prior: Prior, num_data: float, temperature: float)
     return precision_of(hessian, prior, num_data, temperature).rsqrt_()
 
 
+def echo(count: int, settings: Settings) -> float:
+    """s, the share of the last step's ĝ in ḡ/(1 − β₁ᵗ), where this step draws at the mirror image of that one."""
+    return (1 - settings.beta1) / debias(settings.beta1, max(count, 1)) if settings.paired else 0.0
+
+
 def residual(gradient: Tensor, offset: Tensor, state: State, name: str, share: float, settings: Settings) -> Tensor:
-    """ĝ − ḡ/(1 − β₁ᵗ) − h (w − m) at w = m + `offset`: what the surrogate ⟨ḡ, w⟩ + ½ h (w − m)² leaves of ĝ.
+    """ĝ − ḡ/(1 − β₁ᵗ) − (1 + s) h (w − m) at w = m + `offset`: what the surrogate ⟨ḡ, w⟩ + ½ h (w − m)² leaves of ĝ.
 
     A draw that is a `share` of the average has that share of the surrogate. As published there is none.
     """
     if settings.preconditioner == "posterior":
         return gradient.clone()
-    slope = share / debias(settings.beta1, max(state.count, 1))
-    return torch.sub(gradient, state.momentum[name], alpha=slope).addcmul_(state.hessian[name], offset, value=-share)
+    slope, curved = share / debias(settings.beta1, max(state.count, 1)), share * (1 + echo(state.count, settings))
+    return torch.sub(gradient, state.momentum[name], alpha=slope).addcmul_(state.hessian[name], offset, value=-curved)
 
 
-def curvature(product: Tensor, precision: Tensor, hessian: Tensor, settings: Settings) -> Tensor:
-    """ĥ = h + σ ε (ĝ − ḡ − h σ ε) / σ², from the `product` over σ², averaged over particles, and `precision` = 1/σ².
+def curvature(product: Tensor, precision: Tensor, hessian: Tensor, count: int, settings: Settings) -> Tensor:
+    """ĥ = h + σ ε (ĝ − ḡ − (1 + s) h σ ε) / ((1 + s) σ²), from the `product` over σ², averaged over particles.
 
-    The product is σ times the gradient, with respect to σ, of ℓ̄ less its surrogate; it is written over. Without a
-    surrogate h and ḡ are 0.
+    The product is σ times the gradient, with respect to σ, of ℓ̄ less its surrogate; it is written over. `precision` is
+    1/σ². Without a surrogate h and ḡ are 0.
     """
     if settings.preconditioner == "posterior":
         return product.mul_(precision)
-    return torch.addcmul(hessian, product, precision, out=product)
+    return torch.addcmul(hessian, product, precision, value=1 / (1 + echo(count, settings)), out=product)
 
 
 def averaged_hessian(hessian: Tensor, estimate: Tensor, prior: Prior, settings: Settings, count: int) -> Tensor:
@@ -188,9 +203,10 @@ def averaged_hessian(hessian: Tensor, estimate: Tensor, prior: Prior, settings: 
     domain, at the price of a bias upwards by (1 − β₂) Var(ĥ) / (2 (h + δ)) in the long run. The other takes the
     straight step wherever that keeps half of the precision, and half of it elsewhere. An average with a long memory
     would be long in learning that h₀ is far too small, with draws too wide to learn from: in the first `START` steps,
-    h ← h + max(mean(ĥ − h)/t, h₀ − mean(h)), by which the mean of h over the part is that of all ĥ so far, if over h₀.
+    h ← h + max(mean(ĥ − h)/n, h₀ − mean(h)), by which the mean of h over the part is that of n ĥ so far, if over h₀.
     """
-    forgotten = 1 - settings.beta2
+    steps = 2 if settings.paired else 1  # of one ĥ
+    forgotten = 1 - settings.beta2**steps
     if settings.preconditioner == "posterior":
         bend = (hessian - estimate).square_().div_(hessian + prior.precision)
         return hessian.lerp_(estimate, forgotten).add_(bend, alpha=0.5 * forgotten**2)
@@ -198,7 +214,7 @@ def averaged_hessian(hessian: Tensor, estimate: Tensor, prior: Prior, settings: 
     shift = None
     if count <= START:
         mean = hessian.mean()
-        shift = torch.maximum((estimate.mean() - mean) / count, settings.hess_init - mean)
+        shift = torch.maximum((estimate.mean() - mean) / -(-count // steps), settings.hess_init - mean)
     straight = hessian.lerp_(estimate, forgotten)
     if shift is not None:
         straight += shift
@@ -207,23 +223,27 @@ def averaged_hessian(hessian: Tensor, estimate: Tensor, prior: Prior, settings: 
 
 def step(
     state: State,
-    statistics: Iterable[tuple[str, Tensor, Tensor]],
+    statistics: Iterable[tuple[str, Tensor, Tensor | None]],
     priors: Mapping[str, Prior],
     learning_rate: float,
     settings: Settings,
 ) -> State:
-    """One step of every part from its (name, ĝ, ĥ), of the part of ℓ̄ that the priors are not; ĥ is written over."""
+    """One step of every part from its (name, ĝ, ĥ), of the part of ℓ̄ that the priors are not; ĥ is written over.
+
+    The first step of a pair has no ĥ, and leaves h alone.
+    """
     count = state.count + 1
     for name, gradient, estimate in statistics:
         m, momentum, hessian, prior = state.loc[name], state.momentum[name], state.hessian[name], priors[name]
         pull = offset_from(m, prior.loc) * prior.precision
         momentum.lerp_(gradient, 1 - settings.beta1)
-        averaged_hessian(hessian, estimate, prior, settings, count)
+        if estimate is not None:
+            averaged_hessian(hessian, estimate, prior, settings, count)
         if settings.preconditioner == "posterior":
             ascent = pull.add_(momentum, alpha=1 / debias(settings.beta1, count)).div_(hessian + prior.precision)
             unit = settings.hess_init + prior.precision
         else:
-            squares = torch.add(gradient, pull, out=estimate).square_()
+            squares = torch.add(gradient, pull, out=estimate).square_()  # a new tensor where there is no ĥ
             ascent = pull.add_(momentum, alpha=settings.beta1 / debias(settings.beta1, count + 1))
             ascent.add_(gradient, alpha=(1 - settings.beta1) / debias(settings.beta1, count))
             pieces = zip(stacks(squares, state.shapes[name]), stacks(ascent, state.shapes[name]), strict=True)
@@ -289,14 +309,20 @@ def unit_of(prior: Prior, num_data: float) -> Tensor | float:
     return scale * (narrow.clamp(max=1) if isinstance(narrow, Tensor) else min(1.0, narrow))
 
 
-def kl_divergence(loc: Tensor, scale: Tensor, prior: Prior, num_data: float) -> Tensor:
-    """KL(q ‖ prior) = ½ Σ (σ² + (m − m₀)²) N δ − log(σ² N δ) − 1; −H(q) where the prior is not known."""
-    log_scale, size = scale.log().sum(), loc.numel()
+def divergence_of_loc(loc: Tensor, prior: Prior, num_data: float) -> Tensor:
+    """½ Σ (m − m₀)² N δ, the share that m has in KL(q ‖ prior); 0 where the prior is not known."""
+    if not prior.known:
+        return loc.new_zeros(())
+    return 0.5 * weighted_square(offset_from(loc, prior.loc), as_tensor(num_data * prior.precision, loc))
+
+
+def divergence_of_scale(scale: Tensor, prior: Prior, num_data: float) -> Tensor:
+    """½ Σ σ² N δ − log(σ² N δ) − 1, the share that σ has; −H(q) where the prior is not known."""
+    log_scale, size = scale.log().sum(), scale.numel()
     if not prior.known:
         return -log_scale - 0.5 * size * (math.log(2 * math.pi) + 1)
-    precision = as_tensor(num_data * prior.precision, loc)
-    expected = weighted_square(offset_from(loc, prior.loc), precision) + weighted_square(scale, precision)
-    return 0.5 * (expected - size * (1 + precision.log().mean())) - log_scale
+    precision = as_tensor(num_data * prior.precision, scale)
+    return 0.5 * (weighted_square(scale, precision) - size * (1 + precision.log().mean())) - log_scale
 
 
 def weighted_square(x: Tensor, weight: Tensor) -> Tensor:

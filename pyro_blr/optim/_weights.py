@@ -25,7 +25,18 @@ from ._ivon import Prior, Settings, State, Weights
 from ._layout import Layout, recognise, subsampled, undisturbed, unwrap
 from ._svi import frame_of
 
-__all__ = ["LogDensity", "Perturb", "Program", "Target", "check_layout", "find_layout", "scale", "statistics", "survey"]
+__all__ = [
+    "LogDensity",
+    "Pair",
+    "Perturb",
+    "Program",
+    "Target",
+    "check_layout",
+    "find_layout",
+    "scale",
+    "statistics",
+    "survey",
+]
 
 
 def check_layout(layout: Layout) -> None:
@@ -238,23 +249,42 @@ class Drawn(NamedTuple):
         return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The second draw of an antithetic pair, made when the first had moved m.
+
+    Attributes:
+        values: m − σ ε, by the guide's site.
+        spreads: of each part, the share of the KL divergence that is σ's.
+    """
+
+    values: Weights
+    spreads: Weights
+
+
 class Perturb(Messenger):
     """Gives each target of the guide the value m + σ ε, and its KL divergence from the prior in place of its log q.
 
-    Every call of the guide is a draw of its own, from a generator seeded by `seed` and the number of the draw.
+    Every call of the guide is a draw of its own, from a generator seeded by `seed` and the number of the draw; or it is
+    the second of a `pair`.
     """
 
     def __init__(
         self,
         targets: tuple[Target, ...],
-        loc: Weights,
-        scale: Callable[[str], Tensor],
-        divergence: Callable[[str, Tensor], Tensor],
+        state: State,
+        priors: Mapping[str, Prior],
+        settings: Settings,
+        temperature: float,
         seed: int,
+        pair: Pair | None,
     ) -> None:
         super().__init__()
         self.targets = {target.site: target for target in targets}
-        self.loc, self.scale, self.divergence, self.seed = loc, scale, divergence, seed
+        self.state, self.priors, self.settings, self.temperature = state, priors, settings, temperature
+        self.seed, self.second = seed, pair is not None
+        self.values = {} if pair is None else dict(pair.values)  # the last draw of a site, or the next
+        self.spreads = {} if pair is None else dict(pair.spreads)
         self.draws: list[dict[str, Drawn]] = []
         self.generator: torch.Generator | None = None
 
@@ -274,25 +304,44 @@ class Perturb(Messenger):
             msg["done"] = True
 
     def _draw(self, target: Target) -> tuple[Tensor, Tensor]:
-        draw = self.draws[-1]
-        mean = self.loc[target.site] if target.guide is None else target.guide.net.weights
-        if self.generator is None:
-            self.generator = torch.Generator(mean.device).manual_seed(self.seed + len(self.draws))
-        weights = torch.randn(mean.shape, generator=self.generator, dtype=mean.dtype, device=mean.device)
+        draw, num_data = self.draws[-1], self.settings.num_data
+        mean = self.state.loc[target.site] if target.guide is None else target.guide.net.weights
+        weights = self.values[target.site] if self.second else self._noise(mean)
         divergence, leaves = mean.new_zeros(()), {}
         for name, tensors in target.parts.items():
-            scale = self.scale(name)
-            divergence += self.divergence(name, scale)
+            m, prior = self.state.loc[name], self.priors[name]
             value = weights[tensors[0].start : tensors[-1].stop] if tensors else weights
-            torch.addcmul(self.loc[name], value, scale, out=value)
+            if not self.second:
+                sigma = scale(self.state, self.priors, self.settings, self.temperature, name)
+                self.spreads[name] = _ivon.divergence_of_scale(sigma, prior, num_data)
+                torch.addcmul(m, value, sigma, out=value)
+            divergence += self.spreads[name] + _ivon.divergence_of_loc(m, prior, num_data)
             for tensor in tensors:
                 leaves[tensor.name] = tensor.of(weights).detach().requires_grad_()
             own = [leaves[tensor.name] for tensor in tensors] or [weights.detach().requires_grad_()]
             draw[name] = Drawn(value, own, shown=target.guide is None)
+        self.values[target.site] = weights
         if target.guide is None:
             return draw[target.site].leaves[0], divergence
         weights.leaves = leaves  # type: ignore[attr-defined]
         return weights, divergence
+
+    def _noise(self, mean: Tensor) -> Tensor:
+        if self.generator is None:
+            self.generator = torch.Generator(mean.device).manual_seed(self.seed + len(self.draws))
+        return torch.randn(mean.shape, generator=self.generator, dtype=mean.dtype, device=mean.device)
+
+    def offsets(self) -> Weights:
+        """σ ε of each part at the last draw, while m is what it was; the draw is used up."""
+        return {name: drawn.take_offset(self.state.loc[name]) for name, drawn in self.draws[-1].items()}
+
+    def mirrored(self, offsets: Weights) -> Pair:
+        """The draw at the mirror image, now that m has moved; written over the `offsets`."""
+        for name, offset in offsets.items():
+            torch.sub(self.state.loc[name], offset, out=offset)
+        whole = {site for site, target in self.targets.items() if target.guide is not None}
+        values = {site: self.values[site] if site in whole else offsets[site] for site in self.targets}
+        return Pair(values, self.spreads)
 
 
 class Silence(Messenger):
@@ -334,11 +383,12 @@ class Program:
         if isinstance(svi.guide, Handled) and svi.guide._program is self:
             svi.model, svi.guide = self.model, self.guide
 
-    def take(self) -> list[dict[str, Drawn]]:
-        """The draws of the step that is being taken, which begins anew."""
-        draws = [] if self.perturb is None else self.perturb.draws
+    def take(self) -> Perturb:
+        """What drew the weights of the step that is being taken, which begins anew."""
+        perturb = self.perturb
+        assert perturb is not None, "SVI.step ran the guide"
         self.frame, self.perturb = None, None
-        return draws
+        return perturb
 
 
 class Handled:
@@ -359,26 +409,28 @@ class Handled:
         return getattr(self.__wrapped__, name)
 
 
-def statistics(
-    draws: list[dict[str, Drawn]],
-    gradients: list[Weights],
-    state: State,
-    priors: Mapping[str, Prior],
-    settings: Settings,
-    temperature: float,
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, ĝ, ĥ) of each part, from the draws and the gradients of the loss there, both of which are used up."""
+def statistics(perturb: Perturb, gradients: list[Weights]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """(name, ĝ, ĥ) of each part, from the draws and the gradients of the loss there, both of which are used up.
+
+    The first draw of a pair has no ĥ.
+    """
+    draws, state, settings = perturb.draws, perturb.state, perturb.settings
     share = 1 / len(draws)  # ELBOs average over particles
     for name, m in state.loc.items():
-        offsets = [draw.pop(name).take_offset(m) for draw in draws]
         slopes = [at_draw.pop(name).div_(settings.num_data) for at_draw in gradients]
+        gradient = sum(slopes[1:], start=slopes[0])
+        if settings.paired and not perturb.second:
+            yield name, gradient, None
+            continue
+        offsets = [draw.pop(name).take_offset(m) for draw in draws]
         products = [
             _ivon.residual(slope, offset, state, name, share, settings).mul_(offset)
             for slope, offset in zip(slopes, offsets, strict=True)
         ]
-        gradient, product = (sum(terms[1:], start=terms[0]) for terms in (slopes, products))
-        precision = _ivon.precision_of(state.hessian[name], priors[name], settings.num_data, temperature)
-        estimate = _ivon.curvature(product, precision, state.hessian[name], settings)
+        product = sum(products[1:], start=products[0])
+        hessian = state.hessian[name]
+        precision = _ivon.precision_of(hessian, perturb.priors[name], settings.num_data, perturb.temperature)
+        estimate = _ivon.curvature(product, precision, hessian, state.count, settings)
         del offsets, slopes, products, product, precision  # before the step asks for memory of its own
         yield name, gradient, estimate
 

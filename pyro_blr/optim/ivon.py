@@ -7,9 +7,9 @@ Source: Shen et al. 2024, "Variational Learning is Effective for Large Deep Netw
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -43,6 +43,7 @@ class IVONState:
         priors: of each part.
         sums: Σ ĝ and Σ ĥ of each part over the updates since the last step; empty where every update is a step.
         updates: so far; a step is taken at each `accumulation_steps`-th.
+        pair: after the first of two draws that are an antithetic pair, the second.
         layout: which parameter is which stock site's, and the parameters of no site.
         guides: those of whole networks within the guide.
         targets: the sites that the rule draws.
@@ -54,6 +55,7 @@ class IVONState:
     priors: dict[str, Prior]
     sums: Statistics
     updates: int
+    pair: _weights.Pair | None
     layout: Layout
     guides: tuple[_weights.WeightsGuide, ...]
     targets: tuple[_weights.Target, ...]
@@ -76,12 +78,13 @@ class IVONState:
 class IVON(pyro.optim.PyroOptim):
     """Variational online Newton for networks: swap the optimizer of the stock `SVI`, change nothing else.
 
-    A diagonal Gaussian over many weights at the cost of AdamW: one gradient a step, at one draw of the weights. Takes
-    the mean-field guides of the host (`AutoNormal`, `AutoDiagonalNormal`, hand-written `Normal` sites fed by
-    parameters), and `AutoWeights`, the one for whole networks. The number of data is the model's: the scale of the
-    observed sites, from plates or handlers; the precision of the prior is the prior's, and its share of gradient and
-    curvature is exact where it is a Normal with constant parameters. What the guide says of the scales at the start is
-    replaced by `hess_init`.
+    A diagonal Gaussian over many weights at the cost of AdamW: one gradient a step, at one draw of the weights, which
+    every second time is the mirror image of the one before (not as published, nor where a step averages over particles,
+    updates or workers). Takes the mean-field guides of the host (`AutoNormal`, `AutoDiagonalNormal`, hand-written
+    `Normal` sites fed by parameters), and `AutoWeights`, the one for whole networks. The number of data is the model's:
+    the scale of the observed sites, from plates or handlers; the precision of the prior is the prior's, and its share
+    of gradient and curvature is exact where it is a Normal with constant parameters. What the guide says of the scales
+    at the start is replaced by `hess_init`.
 
         σ² = τ / (N (h + δ)),   h ← β₂ h + (1 − β₂) ĥ,   m ← m − α · direction        (`_ivon.py` has every equation)
 
@@ -163,9 +166,11 @@ class IVON(pyro.optim.PyroOptim):
             )
         layout, guides = _weights.find_layout(svi, loss, args, kwargs, params)
         num_data, priors, targets = _weights.survey(svi, args, kwargs, layout, guides)
+        alone = loss.num_particles == self.accumulation_steps == 1 and self.process_group is None
         settings = Settings(
             num_data=num_data,
             preconditioner=self.preconditioner,
+            paired=self.preconditioner == "factored" and alone,
             beta1=self.beta1,
             beta2=self.beta2,
             beta3=self.beta3,
@@ -189,6 +194,7 @@ class IVON(pyro.optim.PyroOptim):
             priors=priors,
             sums=[(name, torch.zeros_like(m), torch.zeros_like(m)) for name, m in loc.items()] if accumulates else [],
             updates=0,
+            pair=None,
             layout=layout,
             guides=tuple(guides),
             targets=targets,
@@ -206,9 +212,9 @@ class IVON(pyro.optim.PyroOptim):
         if self.state is None or not self.state.covers(params):
             self._begin(svi, model_args, model_kwargs, params)
         assert self.state is not None and self._program is not None
-        state, draws = self.state, self._program.take()
+        state, perturb = self.state, self._program.take()
         with torch.no_grad():
-            self.state = self._updated(state, draws)
+            self.state = self._updated(state, perturb)
         if self.state.skipped != state.skipped:
             _svi.report_skipped(self.state.updates + self.state.skipped, self.state.skipped, "IVON")
 
@@ -225,36 +231,28 @@ class IVON(pyro.optim.PyroOptim):
     def _perturb(self) -> _weights.Perturb:
         """The draws of the next update."""
         assert self.state is not None
-        state, temperature = self.state, self._temperature()
+        state, temperature = self.state, self._temperature(self.state)
         generator = torch.Generator().manual_seed(state.seed + state.updates + state.skipped)
         rank = 0 if self.process_group is None else torch.distributed.get_rank(self.process_group)
         # one after the other and not at a distance: torch's generator looks at 32 bits of a seed
         seed = int(torch.randint(2**62, (rank + 1,), generator=generator)[rank])
         return _weights.Perturb(
-            state.targets,
-            state.weights.loc,
-            partial(_weights.scale, state.weights, state.priors, state.settings, temperature),
-            lambda name, scale: _ivon.kl_divergence(
-                state.weights.loc[name], scale, state.priors[name], state.settings.num_data
-            ),
-            seed,
+            state.targets, state.weights, state.priors, state.settings, temperature, seed, state.pair
         )
 
-    def _updated(self, state: IVONState, draws: list[dict[str, _weights.Drawn]]) -> IVONState:
+    def _updated(self, state: IVONState, perturb: _weights.Perturb) -> IVONState:
         """The next state: a step, or one more update on the way to it."""
         others = list(state.layout.others.values())
-        at_draws = [{name: drawn.take_gradient() for name, drawn in draw.items()} for draw in draws]
+        at_draws = [{name: drawn.take_gradient() for name, drawn in draw.items()} for draw in perturb.draws]
         sums = [gradient.sum() for draw in at_draws for gradient in draw.values()]
-        found: Iterable[tuple[str, Tensor, Tensor]] = _weights.statistics(
-            draws, at_draws, state.weights, state.priors, state.settings, self._temperature()
-        )
+        found: Any = _weights.statistics(perturb, at_draws)
         if self.process_group is not None:
             found = self._averaged(list(found), others)
             usable = all_finite(*(tensor for _, *pair in found for tensor in pair))
         else:
             usable = all_finite(torch.stack(sums))
         if not (usable and all_finite(*(param.grad for param in others if param.grad is not None))):
-            return replace(state, weights=replace(state.weights, skipped=state.weights.skipped + 1))
+            return replace(state, weights=replace(state.weights, skipped=state.weights.skipped + 1), pair=None)
 
         updates = state.updates + 1
         if others:
@@ -267,12 +265,15 @@ class IVON(pyro.optim.PyroOptim):
                 return replace(state, updates=updates)
             steps = self.accumulation_steps
             found = [(name, gradients / steps, estimates / steps) for name, gradients, estimates in state.sums]
-            for _, *pair in state.sums:
-                for total in pair:
+            for _, *totals in state.sums:
+                for total in totals:
                     total.zero_()
         rate = self.learning_rate(state.weights.count) if callable(self.learning_rate) else self.learning_rate
+        first = state.settings.paired and not perturb.second
+        offsets = perturb.offsets() if first else {}
         weights = _ivon.step(state.weights, found, state.priors, float(rate), state.settings)
-        state = replace(state, weights=weights, updates=updates)
+        pair = perturb.mirrored(offsets) if first else None
+        state = replace(state, weights=weights, updates=updates, pair=pair)
         self._write_scales(state)
         return state
 
@@ -295,17 +296,14 @@ class IVON(pyro.optim.PyroOptim):
             torch.distributed.broadcast(tensor, src=0, group=self.process_group)
         return replace(state, seed=int(seed))
 
-    def _temperature(self) -> float:
-        assert self.state is not None
-        return self._temperature_at(self.state.weights.count)
-
-    def _temperature_at(self, count: int) -> float:
+    def _temperature(self, state: IVONState) -> float:
+        count = state.weights.count - (state.pair is not None)  # one for both draws of a pair
         return float(self.temperature(count) if callable(self.temperature) else self.temperature)
 
     @torch.no_grad()
     def _write_scales(self, state: IVONState) -> None:
         """What the guide is to know of σ: the parameters of stock sites, N/τ of an `AutoWeights`."""
-        temperature = self._temperature_at(state.weights.count)
+        temperature = self._temperature(state)
         for site in state.layout.sites:
             scale = _weights.scale(state.weights, state.priors, state.settings, temperature, site.name)
             constraint = state.layout.constraints[site.scale[0]]
@@ -328,12 +326,14 @@ class IVON(pyro.optim.PyroOptim):
             "hessian": weights.hessian,
             "second_moment": weights.second_moment,
             "sums": self.state.sums,
+            "pair": {} if self.state.pair is None else vars(self.state.pair),
             "others": self.others.get_state(),
         }
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Continue from `get_state()`; taken up at the next step, when the guide's parameters are there."""
-        expected = {"count", "updates", "skipped", "seed", "momentum", "hessian", "second_moment", "sums", "others"}
+        of_weights = {"count", "updates", "skipped", "momentum", "hessian", "second_moment"}
+        expected = of_weights | {"seed", "sums", "pair", "others"}
         if state_dict and set(state_dict) != expected:
             raise ValueError(
                 f"IVON cannot continue from a state with the entries {sorted(map(str, state_dict))}: it expected "
@@ -347,6 +347,8 @@ class IVON(pyro.optim.PyroOptim):
         stored = {name: tuple(value.shape) for name, value in loaded["hessian"].items()}
         lengths = [len(loaded["second_moment"].get(name, ())) for name in shapes]
         same = shapes == stored and lengths == [len(weights.second_moment[name]) for name in shapes]
+        pair = _weights.Pair(**copy.deepcopy(loaded["pair"])) if loaded["pair"] else None
+        same &= pair is None or (fresh.settings.paired and pair.spreads.keys() == shapes.keys())
         if not same or len(loaded["sums"]) != len(fresh.sums):
             raise ValueError(
                 f"the loaded IVON state belongs to the weights {stored} or to other options; this guide has {shapes}. "
@@ -362,11 +364,11 @@ class IVON(pyro.optim.PyroOptim):
                 for factors, values in zip(moments, loaded["second_moment"][name], strict=True):
                     for factor, value in zip(factors, values, strict=True):
                         factor.copy_(value)
-            for (_, *pair), (_, *values) in zip(fresh.sums, loaded["sums"], strict=True):
-                for total, value in zip(pair, values, strict=True):
+            for (_, *totals), (_, *values) in zip(fresh.sums, loaded["sums"], strict=True):
+                for total, value in zip(totals, values, strict=True):
                     total.copy_(value)
         weights = replace(weights, count=loaded["count"], skipped=loaded["skipped"])
-        return replace(fresh, weights=weights, updates=loaded["updates"])
+        return replace(fresh, weights=weights, updates=loaded["updates"], pair=pair)
 
 
 def _checked_group(process_group: Any) -> Any:
