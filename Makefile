@@ -52,5 +52,5 @@ clean:  ## remove .venv and whatever the tools and the examples left
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[pyro,numpyro,examples,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[pyro,numpyro,examples,examples-numpyro,dev]'
 	touch $@
