@@ -32,7 +32,7 @@ from _text import Corpus, read, windows
 from _transformer import SIZES, Config, layout
 
 HOSTS = {"numpyro": ("jax", "numpyro"), "pyro": ("torch", "pyro", "ivon")}
-LEARNING_RATES = {"AdamW": 5e-3, "IVON": 0.04, "ivon-opt": 0.1, "AutoNormal and Adam": 5e-3}
+LEARNING_RATES = {"AdamW": 5e-3, "IVON": 0.05, "ivon-opt": 0.1, "AutoNormal and Adam": 5e-3}
 WARM_UP = 3
 RESET_PEAK = "5"  # what Linux takes in clear_refs to forget the peak of resident memory
 

@@ -38,7 +38,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 HOSTS = {"numpyro": ("jax", "numpyro"), "pyro": ("torch", "pyro")}
-LEARNING_RATES = {"adamw": 2e-3, "ivon": 0.04}
+LEARNING_RATES = {"adamw": 2e-3, "ivon": 0.05}
 
 
 def arguments() -> argparse.Namespace:

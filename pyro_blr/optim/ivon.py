@@ -27,7 +27,7 @@ from ._layout import Layout
 
 __all__ = ["IVON", "IVONState"]
 
-LEARNING_RATES = {"factored": 0.04, "posterior": 0.1}
+LEARNING_RATES = {"factored": 0.05, "posterior": 0.1}
 MEMORIES = {"factored": 0.9999, "posterior": 0.99999}  # of the curvature
 
 COMPILED_LOSSES = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceMeanField_ELBO)
@@ -89,7 +89,7 @@ class IVON(pyro.optim.PyroOptim):
         σ² = τ / (N (h + δ)),   h ← β₂ h + (1 − β₂) ĥ,   m ← m − α · direction        (`_ivon.py` has every equation)
 
     Args:
-        learning_rate: α > 0, or a schedule, a function of the step 0, 1, 2, ...; None (the default) is 0.04 for
+        learning_rate: α > 0, or a schedule, a function of the step 0, 1, 2, ...; None (the default) is 0.05 for
             `preconditioner="factored"`, in units of min(s₀, √128 s₀²), s₀² the prior's variance; 0.1 for `"posterior"`.
         preconditioner: of the mean. `"factored"`: root of the averaged squared gradients at the drawn weights, kept by
             rows and columns, with Nesterov momentum. `"posterior"`: the posterior's own; the published recursion.
