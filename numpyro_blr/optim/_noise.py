@@ -5,7 +5,7 @@ The host's generator, threefry with 20 rounds, is a tenth of a step of a small n
 
     ε = √2 erf⁻¹(u),        u = j / 2²⁴, the hash's upper bits as an odd j, −2²⁴ < j < 2²⁴
 
-so that ε and −ε are as likely as each other. The keys are the host's.
+so that ε and −ε are as likely as each other. The keys are hashes of the host's.
 
 Source: Collet, xxHash (32 bits); Jarzynski & Olano 2020, "Hash Functions for GPU Rendering", on hashes of a counter as
 generators of random numbers; Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3".

@@ -340,7 +340,7 @@ class Perturb(Messenger):
         for name, offset in offsets.items():
             torch.sub(self.state.loc[name], offset, out=offset)
         whole = {site for site, target in self.targets.items() if target.guide is not None}
-        values = {site: self.values[site] if site in whole else offsets[site] for site in self.targets}
+        values = {site: self.values[site].detach() if site in whole else offsets[site] for site in self.targets}
         return Pair(values, self.spreads)
 
 
