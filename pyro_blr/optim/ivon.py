@@ -7,7 +7,6 @@ Source: Shen et al. 2024, "Variational Learning is Effective for Large Deep Netw
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -347,7 +346,11 @@ class IVON(pyro.optim.PyroOptim):
         stored = {name: tuple(value.shape) for name, value in loaded["hessian"].items()}
         lengths = [len(loaded["second_moment"].get(name, ())) for name in shapes]
         same = shapes == stored and lengths == [len(weights.second_moment[name]) for name in shapes]
-        pair = _weights.Pair(**copy.deepcopy(loaded["pair"])) if loaded["pair"] else None
+        device = next(iter(weights.loc.values())).device
+        half = {
+            key: {name: value.to(device, copy=True) for name, value in of.items()} for key, of in loaded["pair"].items()
+        }
+        pair = _weights.Pair(**half) if half else None
         same &= pair is None or (fresh.settings.paired and pair.spreads.keys() == shapes.keys())
         if not same or len(loaded["sums"]) != len(fresh.sums):
             raise ValueError(
