@@ -32,7 +32,7 @@ from .gradients import recycled
 from .optim import _rate
 from .optim._layout import undisturbed
 from .optim.blr import BLR, OptState, scales_of
-from .results import MAX_PARETO_K, Fit, arviz_is_installed
+from .results import MAX_PARETO_K, Fit, Fitted, arviz_is_installed
 
 __all__ = ["Check", "fit", "judge", "num_steps_between_checks"]
 
@@ -124,8 +124,9 @@ def fit(
             converged, reason = judge(checks, losses, basis, tolerance)
             _show(bar, num_steps, checks[-1])
     gaussian = opt_state.gaussian
+    params = _params(svi, args, kwargs)
     result = Fit(
-        params=_params(svi, args, kwargs),
+        params=params,
         losses=losses,
         elbo=checks[-1].elbo,
         elbo_error=checks[-1].elbo_error,
@@ -140,6 +141,7 @@ def fit(
         compiled=_compiled(optimizer, compile),
         svi=svi,
         state=opt_state,
+        fitted=Fitted.now(svi, params),
         args=args,
         kwargs=kwargs,
         seed=seed,

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer import SVI
@@ -29,6 +32,44 @@ __all__ = ["Fit", "arviz_is_installed"]
 INSTALL_ARVIZ = "pip install 'arviz>=0.20,<1'"
 MAX_PARETO_K = 0.7
 EQUAL_WEIGHTS = 1e-3  # nats: a spread that is rounding has no tail
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The parameters at the end of a fit: the tensors that the guide and the model have, and their values then.
+
+    Attributes:
+        store: Pyro's parameter store, as its `get_state` returns it.
+        values: of every tensor.
+    """
+
+    store: dict[str, dict[str, Any]]
+    values: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def now(cls, svi: SVI, names: Iterable[str]) -> Fitted:
+        """Of the parameters `names` in the store, and of the modules, which may keep theirs to themselves."""
+        names = set(names)
+        whole: dict[str, Any] = dict(pyro.get_param_store().get_state())
+        store = {key: {name: of[name] for name in of.keys() & names} for key, of in whole.items()}
+        modules = [part for part in (svi.guide, svi.model) if isinstance(part, torch.nn.Module)]
+        tensors = [*store["params"].values(), *(tensor for module in modules for tensor in module.parameters())]
+        unique = {id(tensor): tensor for tensor in tensors}.values()
+        return cls(store, tuple((tensor, tensor.detach().clone()) for tensor in unique))
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The parameters as they were, for a while."""
+        before = [tensor.detach().clone() for tensor, _ in self.values]
+        store: Any = {key: dict(of) for key, of in self.store.items()}  # a scope writes to it
+        try:
+            for tensor, value in self.values:
+                tensor.data.copy_(value)
+            with pyro.get_param_store().scope(store):
+                yield
+        finally:
+            for (tensor, _), value in zip(self.values, before, strict=True):
+                tensor.data.copy_(value)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,6 +92,7 @@ class Fit:
         site_residuals: (r², V) of each site's own coordinates, where draws are recycled.
         compiled: how the steps ran.
         svi, state: to continue, by `svi.step`; the state is that of the optimizer.
+        fitted: what `sample` and the like are to find, whatever becomes of the parameters later.
         args, kwargs: of the model.
         seed: that the fit began with.
     """
@@ -70,6 +112,7 @@ class Fit:
     compiled: str
     svi: SVI
     state: Any
+    fitted: Fitted
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     seed: int
@@ -103,7 +146,7 @@ class Fit:
     def sample(self, num_draws: int = 1000) -> dict[str, Any]:
         """Draws of the guide by site of the model, [num_draws, *shape], constrained, with what the model makes of them.
 
-        The same draws at every call.
+        The same draws at every call, whatever was fitted since.
         """
         return self._draws(num_draws)[0]
 
@@ -177,7 +220,7 @@ class Fit:
     def _draws(self, num_draws: int) -> tuple[dict[str, Tensor], Tensor]:
         """Draws of the guide by site of the model, and log p(D, z) − log q(z)."""
         values, log_weights = [], []
-        with undisturbed(self.seed + num_draws), torch.no_grad():
+        with undisturbed(self.seed + num_draws), torch.no_grad(), self.fitted.restored():
             for _ in range(num_draws):
                 guide_trace, model_trace = self._traces()
                 values.append({name: site["value"] for name, site in model_trace.nodes.items() if _is_drawn(site)})
@@ -185,7 +228,7 @@ class Fit:
         return {name: torch.stack([draw[name] for draw in values]) for name in values[0]}, torch.stack(log_weights)
 
     def _observed(self) -> dict[str, np.ndarray]:
-        with undisturbed(self.seed), torch.no_grad():
+        with undisturbed(self.seed), torch.no_grad(), self.fitted.restored():
             nodes = self._traces()[1].nodes
         observed = {name: site for name, site in nodes.items() if site["type"] == "sample" and site["is_observed"]}
         return {name: _numpy(site["value"]) for name, site in observed.items() if not _is_drawn(site)}

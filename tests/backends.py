@@ -335,6 +335,9 @@ class NumPyroBridge(Bridge):
     def scalar(self, value: float, like: Any) -> Any:
         return self.xp.asarray(value, like.dtype)
 
+    def digest(self, value: int) -> Any:
+        return self.xp.asarray(value, "uint32")
+
     def flag(self, value: bool) -> Any:
         return self.xp.asarray(value)
 
@@ -629,6 +632,9 @@ class PyroBridge(Bridge):
 
     def scalar(self, value: float, like: Any) -> Any:
         return type(like)(value)
+
+    def digest(self, value: int) -> Any:
+        return value
 
     def flag(self, value: bool) -> Any:
         return value

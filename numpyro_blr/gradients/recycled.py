@@ -33,7 +33,7 @@ from jax.scipy.linalg import cho_solve
 
 from ..families import Block, Precision
 
-__all__ = ["Moments", "Pool", "append", "elbo", "init", "moments", "scaled", "squared_error", "standardized"]
+__all__ = ["Moments", "Pool", "append", "elbo", "emptied", "init", "moments", "scaled", "squared_error", "standardized"]
 
 REGULAR, MAX_SHIFT = 2.0, 0.25
 FORGOTTEN = 4  # of a full pool, one pair in so many
@@ -94,6 +94,12 @@ def init(num_pairs: int, loc: Array, scales: tuple[Any, ...]) -> Pool:
         whiteners=jnp.ones((num_pairs, size) if _mean_field(scales, size) else (num_pairs, size, size), dtype),
         count=jnp.zeros((), jnp.int32),
     )
+
+
+def emptied(pool: Pool, condition: Array) -> Pool:
+    """Without any draw, if so."""
+    log_mixture = jnp.where(condition, -jnp.inf, pool.log_mixture)
+    return replace(pool, log_mixture=log_mixture, count=jnp.where(condition, 0, pool.count))
 
 
 def append(

@@ -178,8 +178,8 @@ class AutoExponentialFamily(AutoGuide):
             base = fn.base_dist if isinstance(fn, dist.Independent) else fn
             shape = fn.batch_shape + fn.event_shape
             try:
-                values = base.icdf(jnp.broadcast_to(levels.reshape(-1, *[1] * len(shape)), (*levels.shape, *shape)))
-                result[name] = values
+                expanded = levels.reshape(*levels.shape, *[1] * len(shape))
+                result[name] = base.icdf(jnp.broadcast_to(expanded, (*levels.shape, *shape)))
             except (NotImplementedError, ImportError):  # some of the host's are those of an optional package
                 draws = self._split(name, fn.sample(jax.random.key(index), (10_000,)))
                 for site, values in draws.items():
@@ -333,8 +333,7 @@ class AutoExponentialFamily(AutoGuide):
     def _start(self, name: str, site: dict, family: type[Natural]) -> Natural:
         given = self.start.get(name)
         if isinstance(given, dist.Distribution):
-            base = given.base_dist if isinstance(given, dist.Independent) else given
-            natural = family.from_distribution(base)
+            natural = family.from_distribution(_base(given))
         elif given is None and family is CategoricalNatural:
             natural = self._prior_logits(site)
         else:

@@ -28,16 +28,23 @@ def natural_param(name: str, distribution: Any, *, event_dim: int = 0) -> Any:
         distribution: a host's distribution of a registered family, over all rows of the plates around it, or its
             natural parameters. Within a subsampled plate the rows of the batch come back.
         event_dim: how many axes of its batch, from the right, are the site's event, as in `to_event`; those of a
-            distribution under `to_event` are counted anyway.
+            distribution under `to_event` are counted anyway, and `expand` is heeded.
 
     Raises:
         TypeError: the distribution belongs to no registered family.
     """
-    if isinstance(distribution, dist.Independent):
-        event_dim += distribution.reinterpreted_batch_ndims
-        distribution = distribution.base_dist
-    natural = distribution if isinstance(distribution, Natural) else natural_of(distribution)
-    start = type(natural)(*(jnp.asarray(leaf) for leaf in vars(natural).values()))
+    base, num_axes = distribution, 0
+    while isinstance(base, (dist.Independent, dist.ExpandedDistribution)):
+        num_axes += getattr(base, "reinterpreted_batch_ndims", 0)
+        base = base.base_dist
+    natural = base if isinstance(base, Natural) else natural_of(base)
+    batch_shape = natural.batch_shape
+    if base is not distribution:
+        batch_shape = distribution.batch_shape + distribution.event_shape[:num_axes]
+    event_dim += num_axes
+    leaves = zip(vars(natural).values(), natural.ranks, strict=True)
+    each = (jnp.broadcast_to(leaf, batch_shape + leaf.shape[leaf.ndim - rank :]) for leaf, rank in leaves)
+    start = type(natural)(*each)
     natural = numpyro.param(name, start, **{EVENT_DIM: event_dim})
     leaves = zip(vars(natural).values(), natural.ranks, strict=True)
     rows = type(natural)(*(numpyro.subsample(leaf, event_dim=rank + event_dim) for leaf, rank in leaves))

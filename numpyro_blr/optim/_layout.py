@@ -124,8 +124,8 @@ def recognise(
     """
     kwargs, found = {**kwargs, **svi.static_kwargs}, []
     guide_trace, fed, arrays, naturals = _probe(svi, args, kwargs, params, any_family=False)
-    for name, candidates in arrays.items():
-        match = _match(name, unwrap(guide_trace[name]["fn"])[0], candidates, fed, guide_trace)
+    for name in [name for name in guide_trace if name in arrays]:  # in the order of the guide, which jit has sorted
+        match = _match(name, unwrap(guide_trace[name]["fn"])[0], arrays[name], fed, guide_trace)
         if match is not None and not (learned_scales_only and match[1] is None):
             found.append((name, *match))
     found = _without_repeated_points(found)
@@ -133,7 +133,7 @@ def recognise(
         guide_trace, fed, arrays, naturals = _probe(svi, args, kwargs, params, any_family=True)
     members = _joint_members(guide_trace, params)
     joint = {site for member in members for site in member.sites}
-    for name in [name for name in guide_trace if name in naturals]:  # in the order of the guide, which jit has sorted
+    for name in [name for name in guide_trace if name in naturals]:
         member = _match_member(guide_trace[name], naturals[name], arrays[name], fed, guide_trace)
         if member is not None and name not in joint | {site for site, *_ in found}:
             members.append(member)
@@ -153,7 +153,8 @@ def recognise(
     claimed |= {param for member in members for param in member.params}
     layout = Layout(tuple(sites), tuple(members), tuple(name for name in params if name not in claimed))
     _report(layout, guide_trace, params, rule)
-    _check_particles(svi, layout, guide_trace)
+    if rule == "BLR":  # IVON has its own word for subsampled sites
+        _check_plates(svi, layout, guide_trace)
     return layout
 
 
@@ -444,7 +445,7 @@ def _report(layout: Layout, guide_trace: dict, params: Mapping[str, Any], rule: 
         )
 
 
-def _check_particles(svi: SVI, layout: Layout, guide_trace: dict) -> None:
+def _check_plates(svi: SVI, layout: Layout, guide_trace: dict) -> None:
     local = [site.name for site in layout.sites if subsampled(guide_trace[site.name], guide_trace)]
     local += [site for member in layout.members if member.local for site in member.sites]
     if local and svi.loss.num_particles > 1:

@@ -14,13 +14,14 @@ generators of random numbers; Salmon et al. 2011, "Parallel Random Numbers: As E
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 
-__all__ = ["bits", "materialised_normals", "normals"]
+__all__ = ["bits", "digest_of", "hashed", "materialised_normals", "normals"]
 
 PRIMES = [np.uint32(prime) for prime in (2654435761, 2246822519, 3266489917, 668265263, 374761393)]
 
@@ -54,10 +55,33 @@ def normals(rng_key: Array, size: int, dtype: jnp.dtype) -> Array:
 
 def bits(rng_key: Array, size: int) -> Array:
     """xxHash32 of the words of the key and of each number below `size`, as uint32."""
-    if jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
-        rng_key = random.key_data(rng_key)
+    return hashed([*words_of(rng_key), jax.lax.iota(jnp.uint32, size)])
+
+
+def digest_of(arrays: Iterable[Array]) -> Array:
+    """A number that two lists of arrays hardly share unless they are the same, bit for bit, in the same order."""
+    digest = jnp.zeros((), jnp.uint32)
+    for array in arrays:
+        words = words_of(array)
+        digest = hashed([digest, hashed([words, jax.lax.iota(jnp.uint32, len(words))]).sum(dtype=jnp.uint32)])
+    return digest
+
+
+def words_of(array: Array) -> Array:
+    """The bits of an array or of a key, as uint32, [N]."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = random.key_data(array)
+    if jnp.iscomplexobj(array):
+        array = jnp.stack([array.real, array.imag])
+    if array.dtype == bool:
+        array = array.astype(jnp.uint8)
+    width = min(array.dtype.itemsize, 4)
+    return jax.lax.bitcast_convert_type(array, f"uint{8 * width}").astype(jnp.uint32).ravel()
+
+
+def hashed(words: Sequence[Array]) -> Array:
+    """xxHash32 of the words, as uint32; of each element where they are arrays."""
     _, second, third, fourth, fifth = PRIMES
-    words = [*rng_key, jax.lax.iota(jnp.uint32, size)]
     value = jnp.asarray(fifth + np.uint32(4 * len(words)))
     for word in words:
         value = _rotated(value + word * third, 17) * fourth

@@ -1,6 +1,8 @@
 """The automatic step on recycled draws: more than one step of the rule for the price of one.
 
-One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.py`):
+One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.py`), which is emptied where the model's
+arguments are not those of the last step: the draws are of another ℓ, and as between minibatches a step that takes back
+what the last one did is noise.
 
 1. Draw a few antithetic pairs, with their Hessians, into the pool: at first one pair a step; twice as many, up to
    `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take. A
@@ -57,16 +59,19 @@ class Recycling:
     Attributes:
         pool: the draws.
         num_pairs: that the next step draws.
+        digest: of the model's arguments at the draws.
     """
 
     pool: recycled.Pool
     num_pairs: Array
+    digest: Array
 
 
 def init(loc: Array, scales: tuple[Any, ...]) -> Recycling:
     """No draws yet, and room for 512, or as many as have four million numbers in their Hessians."""
     num_pairs = min(MAX_PAIRS, max(8, MAX_NUMBERS // (2 * len(loc) ** 2)))
-    return Recycling(pool=recycled.init(num_pairs, loc, scales), num_pairs=jnp.ones((), jnp.int32))
+    pool, one = recycled.init(num_pairs, loc, scales), jnp.ones((), jnp.int32)
+    return Recycling(pool=pool, num_pairs=one, digest=jnp.zeros((), jnp.uint32))
 
 
 class _Search(NamedTuple):
@@ -130,7 +135,8 @@ def step(
     objective: Objective,
     blocks: tuple[Block, ...],
     noise: Array,
-    temperature: float = 1.0,
+    temperature: float,
+    digest: Array,
     *,
     forward: bool = False,
 ) -> tuple[State, Array, Array]:
@@ -139,19 +145,22 @@ def step(
     Args:
         objective: E_q[ℓ]/τ − H(q) at a noise ε, see `gradients/_estimate.py`.
         noise: ε of as many pairs as a step may draw, [K, D]; the first `num_pairs` are used.
+        digest: of the model's arguments.
 
     Returns:
         the next state, the loss averaged over the fresh draws, and whether the Gaussian moved. Where the loss, a
         gradient or a Hessian is not finite at a fresh draw, the step is `skipped`.
     """
-    recycling: Recycling = state.recycling
+    changed = digest != state.recycling.digest
+    recycling = Recycling(recycled.emptied(state.recycling.pool, changed), state.recycling.num_pairs, digest)
+    state = replace(state, recycling=recycling)
     max_pairs, dtype = len(noise), state.loc.dtype
     num_drawn, pool, losses, usable = _fresh(state, objective, blocks, noise, temperature, forward)
     fresh = jnp.arange(max_pairs, dtype=jnp.int32) < recycling.num_pairs
 
     def noisy_steps_of(start: _Place) -> Array:
         opposed = _rate.opposed(start.moments.gradient, start.precision, state.rate.last_gradient)
-        return state.rate.noisy_steps + (start.noisy & opposed).astype(jnp.int32)
+        return state.rate.noisy_steps + ((start.noisy | changed) & opposed).astype(jnp.int32)
 
     def first_rate_of(start: _Place) -> Array:
         cap = _cap(noisy_steps_of(start), start.moments.effective, recycling.num_pairs)
@@ -231,7 +240,7 @@ def step(
     rates = state.rate.after(rate, end.rate, noisy_steps_of(start), start.moments.gradient, end.taken)
     radius = jnp.where(far, jnp.maximum(NARROWER * state.radius, NARROWEST), jnp.minimum(1, 2 * state.radius))
     evaluations = num_draws * (len(state.loc) + 1 + num_losses.astype(dtype))
-    tried = replace(state, recycling=Recycling(pool, num_pairs), evaluations=state.evaluations + evaluations)
+    tried = replace(state, recycling=Recycling(pool, num_pairs, digest), evaluations=state.evaluations + evaluations)
     after = replace(  # where nothing was taken, `end.here` is the start
         tried,
         loc=end.here.loc,

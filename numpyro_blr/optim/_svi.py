@@ -24,6 +24,7 @@ from ._layout import Layout, Member, Site, gather, rows_of, scatter, subsampled,
 __all__ = [
     "Members",
     "Redraw",
+    "arguments_of_step",
     "calling_svi",
     "check_loss",
     "check_params",
@@ -31,6 +32,7 @@ __all__ = [
     "frame_of",
     "host_optimizer",
     "joint_noise",
+    "key_of",
     "loss_of",
     "objective_of",
     "recyclable",
@@ -38,6 +40,7 @@ __all__ = [
     "standard_normal",
 ]
 
+NUMERIC = (jax.Array, np.ndarray, np.generic, bool, int, float)
 SUPPORTED_LOSSES = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
 
 
@@ -119,6 +122,13 @@ def host_optimizer(others: Any) -> _NumPyroOptim:
     raise TypeError(f"others must be a numpyro.optim or an optax optimizer, got {others!r}.")
 
 
+def arguments_of_step() -> list[Array]:
+    """The arrays and numbers among the model's arguments in the step that is being taken."""
+    frame = frame_of(SVI.update) or frame_of(SVI.stable_update)
+    arguments = () if frame is None else (frame.f_locals["args"], frame.f_locals["kwargs"])
+    return [jnp.asarray(leaf) for leaf in jax.tree.leaves(arguments) if isinstance(leaf, NUMERIC)]
+
+
 def loss_of(svi: SVI, args: tuple, kwargs: dict) -> Callable:
     """SVI's loss before its first step, as the function of the unconstrained parameters that it hands an optimizer."""
 
@@ -163,24 +173,27 @@ def objective_of(fn: Callable, layout: Layout, params: Mapping[str, Any]) -> Obj
 
 
 def recyclable(svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]) -> bool:
-    """Whether the loss at a draw is −log p(D, z) + log q(z) of a fixed ℓ: one particle, all data, no analytic KL."""
+    """Whether the loss at a draw is −log p(D, z) + log q(z) of a fixed ℓ.
+
+    One particle, all data, no analytic KL, and no state of the host's that a step is to change.
+    """
     one_density = type(svi.loss) in (Trace_ELBO, TraceEnum_ELBO) and svi.loss.num_particles == 1
     drawn = all(block.structure in ("diagonal", "dense") for block in layout.blocks)
     if not (one_density and drawn) or layout.members or layout.others:
         return False
 
-    subsampled_plates: list[bool] = []
+    varying: list[bool] = []
 
-    def evaluate(params: Mapping[str, Any]) -> tuple[Any, Array | None]:
+    def evaluate(params: Mapping[str, Any]) -> Array | None:
         loc, scales = gather(layout, params)
         redraw = Redraw(layout, Draws.at(jnp.zeros_like(loc)))
         with redraw:
-            _, aux = loss_of(svi, args, kwargs)(scatter(layout, loc, scales, params))
-        subsampled_plates.append(redraw.minibatch)
-        return aux, redraw.weight(loc)
+            loss_of(svi, args, kwargs)(scatter(layout, loc, scales, params))
+        varying.append(redraw.minibatch or redraw.mutable)
+        return redraw.weight(loc)
 
-    aux, weight = jax.eval_shape(evaluate, dict(params))
-    return aux is None and weight is None and not any(subsampled_plates)
+    weight = jax.eval_shape(evaluate, dict(params))
+    return weight is None and not any(varying)
 
 
 class Redraw(Messenger):
@@ -207,8 +220,10 @@ class Redraw(Messenger):
         self.weights: dict[str, Any] = {}
         self.coverage: dict[str, Array] = {}
         self.minibatch = False
+        self.mutable = False
 
     def process_message(self, msg: dict) -> None:
+        self.mutable |= msg["type"] == "mutable"
         if msg["type"] == "plate":
             self.plates[msg["name"]] = msg
             size, subsample_size = msg["args"]
@@ -284,19 +299,24 @@ class Redraw(Messenger):
         return draw.sign * standard_normal(msg["kwargs"]["rng_key"], draw.number, base.shape(), base.loc.dtype)
 
 
-def joint_noise(fn: Callable, layout: Layout, params: Mapping[str, Any], num_draws: int, like: Array) -> Array:
-    """Standard normal noise for all coordinates, [S, D], from the random key that `fn` closes over.
+def key_of(fn: Callable, layout: Layout, params: Mapping[str, Any]) -> Array:
+    """The random key of a step, which `fn` closes over.
 
     Where a version of the host keeps it elsewhere, it is the key that `fn` gives the guide's first site: every key that
-    follows from another takes as long to compile as the noise. Random bits of a matrix take four times as long as those
-    of a row.
+    follows from another takes as long to compile as the noise.
     """
     rng_key = inspect.getclosurevars(fn).nonlocals.get("rng_key") if inspect.isfunction(fn) else None
     if rng_key is None:
-        given = KeyOfSite(frozenset(site.name for site in layout.sites))
+        names = [site.name for site in layout.sites] + [site for member in layout.members for site in member.sites]
+        given = KeyOfSite(frozenset(names))
         with given:
             fn(dict(params))  # for its key: what else it computes is used by nobody, and left out when compiled
         rng_key = given.rng_key
+    return rng_key
+
+
+def joint_noise(rng_key: Array, num_draws: int, like: Array) -> Array:
+    """Standard normal noise for all coordinates, [S, D]; bits of a matrix take four times as long as those of a row."""
     noise = standard_normal(rng_key, jnp.zeros((), int), (num_draws * len(like),), like.dtype)
     return noise.reshape(num_draws, *like.shape)
 

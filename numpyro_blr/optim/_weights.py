@@ -227,7 +227,7 @@ class Perturb(Messenger):
         self.axis_name = axis_name
         self.pair = pair
         self.words: list[Array] = []  # one pair of them each time the guide is traced, as `TraceGraph_ELBO` does twice
-        self.groups = grouped({name: array.size for name, array in loc.items()})
+        self.groups = grouped({site.name: loc[site.name].size for site in layout.sites})  # as the guide draws them
         self.noise: Weights = {}  # of sites that are yet to be drawn
         self.latest = next(iter(loc.values()))  # what was drawn last
 

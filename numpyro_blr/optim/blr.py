@@ -33,12 +33,14 @@ from . import _options, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
 from ._gaussian import State, all_finite, init, scales_of, select, step, tempered
 from ._layout import Layout, gather, gather_members, joined, recognise, scatter, scatter_members
+from ._noise import digest_of
 
 __all__ = ["BLR", "OptState", "State", "init", "scales_of", "step", "tempered"]
 
 MAX_DENSE_DIMENSION = 256
 UNLEARNED_SCALE = 0.1
 GAUSSIANS = (NormalNatural, MultivariateNormalNatural)
+PROBES, MEMBERS = 2**31 - 1, 2**31 - 2  # what becomes of a step's key for them, far from the numbers of its draws
 
 
 @jax.tree_util.register_dataclass
@@ -220,23 +222,23 @@ class BLR(numpyro.optim._NumPyroOptim):
         layout, params = opt_state.layout, opt_state.params
         others = {name: params[name] for name in layout.others}
         members, gaussian, estimate = opt_state.members, opt_state.gaussian, None
-        fitted, draws = dict(params), None if self.estimator == "gradient" else self._draws(count, opt_state)
+        fitted, draws = dict(params), None if self.estimator == "gradient" else self._draws(fn, opt_state)
 
         if layout.members:
             assert draws is not None  # refused at init
             members, fitted, draws, loss, g_others, extras = self._sweep(fn, count, opt_state, draws, others)
         if gaussian is not None and gaussian.recycling is not None:
             objective = tempered(_svi.objective_of(fn, layout, params), layout.blocks, self.temperature)
-            noise = _svi.joint_noise(fn, layout, params, self.num_draws // 2, gaussian.loc)
-            gaussian, loss, moved = _recycled.step(
+            gaussian, average, moved = _recycled.step(
                 gaussian,
                 objective,
                 layout.blocks,
-                noise,
+                _svi.joint_noise(_svi.key_of(fn, layout, params), self.num_draws // 2, gaussian.loc),
                 self.temperature,
+                digest_of(_svi.arguments_of_step()),
                 forward=forward_mode_differentiation,
             )
-            g_others, extras = {}, Extras(None)
+            loss, g_others, extras = self.temperature * average, {}, Extras(None)
         elif gaussian is not None:
             gaussian, estimate, moved = step(
                 gaussian,
@@ -251,7 +253,8 @@ class BLR(numpyro.optim._NumPyroOptim):
             scales = scales_of(gaussian.precision, layout.blocks, jnp.ones((), gaussian.loc.dtype))
             fitted = select(moved, scatter(layout, gaussian.loc, scales, fitted), fitted)
         if not layout.members and estimate is not None:
-            loss, g_others, extras = estimate.loss, estimate.others, estimate.extras
+            loss, g_others = jax.tree.map(lambda value: self.temperature * value, (estimate.loss, estimate.others))
+            extras = estimate.extras
 
         next_state = replace(opt_state, gaussian=gaussian, members=members)
         others_state = opt_state.others
@@ -280,7 +283,8 @@ class BLR(numpyro.optim._NumPyroOptim):
         def evaluate(members: _svi.Members, others: Any) -> tuple[Array, Extras]:
             return jax.vmap(lambda draw: objective(loc, scales, others, draw))(runs._replace(members=members))
 
-        rng_key = jax.random.fold_in(jax.random.key(1), count)
+        drawn = any(role.kind == "drawn" for role in opt_state.roles)
+        rng_key = jax.random.fold_in(_svi.key_of(fn, layout, params), MEMBERS) if drawn else jax.random.key(0)
         members, naturals, loss, g_others, extras = _sweep.sweep(
             opt_state.members,
             naturals,
@@ -306,7 +310,7 @@ class BLR(numpyro.optim._NumPyroOptim):
         used = next_state[1].skipped == state[1].skipped
         return (jnp.where(used, loss, jnp.nan), aux), next_state
 
-    def _draws(self, count: Array, opt_state: OptState) -> Draws:
+    def _draws(self, fn: Callable, opt_state: OptState) -> Draws:
         gaussian = opt_state.gaussian
         if gaussian is None and all(role.kind != "drawn" for role in opt_state.roles):
             return Draws(number=jnp.zeros(1, int), sign=jnp.ones(1), probes=None)  # the sweep's expectations are exact
@@ -315,8 +319,7 @@ class BLR(numpyro.optim._NumPyroOptim):
         sign = jnp.repeat(jnp.array([1.0, -1.0], float if gaussian is None else gaussian.loc.dtype), num_pairs)
         probes = None
         if gaussian is not None and isinstance(gaussian.precision, DiagonalPrecision):
-            # the probes are independent of the draws, whose noise comes from SVI's key
-            key = jax.random.fold_in(jax.random.key(0), count)
+            key = jax.random.fold_in(_svi.key_of(fn, opt_state.layout, opt_state.params), PROBES)
             probes = jax.random.rademacher(key, (self.num_draws, *gaussian.loc.shape), gaussian.loc.dtype)
         return Draws(number=number, sign=sign, probes=probes)
 

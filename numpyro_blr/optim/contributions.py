@@ -1,9 +1,9 @@
 """Bayes' rule as addition: what each factor or each datum contributes to the natural parameters of a fitted guide.
 
-At the fixed point of the Bayesian learning rule, λ = Σ_f ∇_μ E_q[log p_f(z)], over the factors f of the model, the
-prior's among them. Each summand is the natural parameter of a conjugate stand-in for its factor, exact where the model
-is conjugate: what is taken away from λ forgets the factor, what is added learns it, and posteriors fitted on disjoint
-data merge as λ₀ + Σ_k (λ_k − λ₀).
+At the fixed point of the Bayesian learning rule, λ = Σ_f ∇_μ E_q[log p_f(z)] / τ, over the factors f of the model, the
+prior's among them, and with the temperature τ, 1 for Bayes. Each summand is the natural parameter of a conjugate
+stand-in for its factor, exact where the model is conjugate: what is taken away from λ forgets the factor, what is added
+learns it, and posteriors fitted on disjoint data merge as λ₀ + Σ_k (λ_k − λ₀).
 
 The summands are the derivatives of ∇_μ E_q[log p] with respect to weights on the factors, in which it is linear.
 
@@ -33,7 +33,7 @@ __all__ = ["merge", "site_contributions"]
 def site_contributions(
     svi: SVI, state: Any, *args: Any, plate: str | None = None, num_draws: int = 256, **kwargs: Any
 ) -> dict[str, dict[str, Natural]]:
-    """∇_{μ_s} E_q[log p_f] for every site s of the guide and every factor f of the model.
+    """∇_{μ_s} E_q[log p_f] / τ for every site s of the guide and every factor f of the model.
 
     Args:
         state: the SVI state of a fit with `BLR`, for example `svi.run(...).state`.
@@ -48,10 +48,12 @@ def site_contributions(
 
     Raises:
         ValueError: the model has no plate of that name, or it is subsampled; `num_draws` is not even and positive.
-        TypeError: the state is not that of `BLR`.
+        TypeError: the optimizer of `svi` is not `BLR`, or the state is not its.
     """
-    from .blr import OptState  # the rule's state is the only thing known of the rule
+    from .blr import BLR, OptState  # the rule's state and temperature are all that is known of the rule
 
+    if not isinstance(svi.optim, BLR):
+        raise TypeError(f"contributions are those of a fit with BLR; svi has the optimizer {type(svi.optim).__name__}.")
     _, opt_state = _svi.checked_state(state.optim_state, OptState)
     if num_draws < 2 or num_draws % 2:
         raise ValueError(f"num_draws must be even and at least 2, got {num_draws}: draws come in antithetic pairs.")
@@ -104,7 +106,7 @@ def _factors(svi: SVI, args: tuple, kwargs: Mapping[str, Any]) -> tuple[list[str
 
 
 def _targets(svi: SVI, opt_state: Any, args: tuple, kwargs: Any, num_draws: int, by_plate: bool) -> Any:
-    """weights of factors -> ∇_μ E_q[log p] of every site, linear in the weights."""
+    """weights of factors -> ∇_μ E_q[log p] / τ of every site, linear in the weights."""
     layout, params, roles = opt_state.layout, opt_state.params, opt_state.roles
     objective = _svi.objective_of(_svi.loss_of(svi, args, kwargs), layout, params)
     others = {name: params[name] for name in layout.others}
@@ -140,7 +142,7 @@ def _targets(svi: SVI, opt_state: Any, args: tuple, kwargs: Any, num_draws: int,
             hessian = jax.vmap(jax.hessian(loss_at, has_aux=True), (None, 0))(loc, runs)[0].mean(0)
             for site in layout.sites:
                 result[site.name] = _gaussian(site.block, loc, gradient, hessian)
-        return {name: -natural for name, natural in result.items()}
+        return {name: -natural / svi.optim.temperature for name, natural in result.items()}
 
     def spread(weights: dict[str, Array]) -> dict[str, Array]:
         """The same weights in every run."""

@@ -93,8 +93,11 @@ def _drawn(natural: Natural, seed: int) -> Tensor:
 def seeded(seed: int | None, device: torch.device | None) -> Iterator[None]:
     """The host's random numbers from a seed on, if there is one; after it they go on as if nothing had been drawn.
 
-    `torch.manual_seed` would seed every device, of which this one's state alone is kept, and take a millisecond.
+    They are those of the CPU and of one GPU, if there is one: `device`, or the one that is current. `torch.manual_seed`
+    would seed every device, of which these states alone are kept, and take a millisecond.
     """
+    if device is None and torch.cuda.is_initialized():
+        device = torch.device("cuda", torch.cuda.current_device())
     devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         if seed is not None:

@@ -33,7 +33,7 @@ from torch.linalg import solve_triangular
 
 from ..families import Block, Precision
 
-__all__ = ["Moments", "Pool", "append", "elbo", "init", "moments", "scaled", "squared_error", "standardized"]
+__all__ = ["Moments", "Pool", "append", "elbo", "emptied", "init", "moments", "scaled", "squared_error", "standardized"]
 
 REGULAR, MAX_SHIFT = 2.0, 0.25
 FORGOTTEN = 4  # of a full pool, one pair in so many
@@ -96,6 +96,22 @@ def init(num_pairs: int, loc: Tensor, scales: tuple[Any, ...]) -> Pool:
         locs=loc.new_zeros(0, size),
         scales=tuple(scale.new_zeros(0, *scale.shape) for scale in scales),
         capacity=num_pairs,
+    )
+
+
+def emptied(pool: Pool, condition: bool) -> Pool:
+    """Without any draw, if so."""
+    if not condition:
+        return pool
+    return Pool(
+        pool.points[:0],
+        pool.values[:0],
+        pool.gradients[:0],
+        pool.hessians[:0],
+        pool.log_mixture[:0],
+        pool.locs[:0],
+        tuple(scale[:0] for scale in pool.scales),
+        pool.capacity,
     )
 
 

@@ -182,12 +182,12 @@ class AutoExponentialFamily(AutoGuide):
 
     def _quantiles(self, name: str, fn: Any, natural: Natural, levels: Tensor) -> dict[str, Tensor]:
         value_dim = len(fn.batch_shape + fn.event_shape)
-        expanded = levels.reshape(-1, *[1] * value_dim)
+        expanded = levels.reshape((*levels.shape, *[1] * value_dim))
         base = natural.to_distribution()
         transform = self._transforms.get(name)
         try:
             if transform is None:
-                return {name: base.icdf(expanded.expand(-1, *fn.batch_shape, *fn.event_shape))}
+                return {name: base.icdf(expanded.expand((*levels.shape, *fn.batch_shape, *fn.event_shape)))}
             expanded = expanded if transform.sign > 0 else 1 - expanded
             return {name: transform(base.icdf(expanded))}
         except NotImplementedError:
@@ -381,7 +381,8 @@ def _base(fn: Any) -> Any:
 def _quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:
     draws, position = draws.sort(0).values, levels * (len(draws) - 1)  # torch.quantile takes no more than 2**24 numbers
     below = position.long().clamp(max=len(draws) - 2)
-    return draws[below].lerp(draws[below + 1], (position - below).reshape(-1, *[1] * (draws.ndim - 1)))
+    share = (position - below).reshape((*levels.shape, *[1] * (draws.ndim - 1)))
+    return draws[below].lerp(draws[below + 1], share)
 
 
 def _base_dim(transform: Any, event_dim: int) -> int:

@@ -130,7 +130,7 @@ def recognise(
     kwargs: dict,
     params: Iterable[Tensor],
     *,
-    stock_gradients: bool,
+    learned_scales_only: bool,
     rule: str = "BLR",
     alone: bool = True,
 ) -> Layout:
@@ -153,7 +153,7 @@ def recognise(
         [
             (name, *match)
             for name, match in matches.items()
-            if match is not None and name not in joint and not (stock_gradients and not match[1])
+            if match is not None and name not in joint and not (learned_scales_only and not match[1])
         ]
     )
     members += [member for member in single if member is not None]
@@ -189,7 +189,8 @@ def recognise(
         others=dict(sorted(others.items())),
     )
     _report(layout, probe, rule, alone)
-    _check_plates(loss, layout, probe, stock_gradients and rule == "BLR")  # IVON has its own word for them
+    if rule == "BLR":  # IVON has its own word for subsampled sites
+        _check_plates(loss, layout, probe, learned_scales_only)
     return layout
 
 
@@ -278,8 +279,8 @@ def _random_values(params: list[Tensor]):
 
 
 def _match(name: str, message: Any, probe: Probe) -> tuple[str, tuple[str, ...], Structure] | None:
-    """(loc, scale, structure) of a site fed by parameters."""
-    rows = probe.rows()
+    """(loc, scale, structure) of a site fed by parameters that are no natural parameters."""
+    rows = {param: value for param, value in probe.rows().items() if not hasattr(probe.tensors[param], "natural_field")}
 
     def source(array: Tensor) -> str | None:
         for param, value in rows.items():
@@ -470,7 +471,7 @@ def _report(layout: Layout, probe: Probe, rule: str, alone: bool) -> None:
         )
 
 
-def _check_plates(loss: Any, layout: Layout, probe: Probe, stock_gradients: bool) -> None:
+def _check_plates(loss: Any, layout: Layout, probe: Probe, learned_scales_only: bool) -> None:
     sites = [site.name for site in layout.sites]
     local = [name for name in sites if subsampled(probe.samples[name])]
     local += [site for member in layout.members if member.local for site in member.sites]
@@ -480,7 +481,7 @@ def _check_plates(loss: Any, layout: Layout, probe: Probe, stock_gradients: bool
             "Use num_particles=1; BLR takes several draws a step of its own (`num_draws`)."
         )
     weighted = [name for name in sites if probe.samples[name]["scale"] != 1]
-    if stock_gradients and weighted:
+    if learned_scales_only and weighted:
         raise ValueError(
             f"estimator='gradient' cannot tell how often the sites {', '.join(weighted)} of a subsampled or scaled "
             "plate enter the stock gradients. Use the default estimator for this guide."

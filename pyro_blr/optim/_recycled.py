@@ -1,6 +1,8 @@
 """The automatic step on recycled draws: more than one step of the rule for the price of one.
 
-One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.py`):
+One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.py`), which is emptied where the model's
+arguments are not those of the last step: the draws are of another ℓ, and as between minibatches a step that takes back
+what the last one did is noise.
 
 1. Draw a few antithetic pairs, with their Hessians, into the pool: at first one pair a step; twice as many, up to
    `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take. A
@@ -56,16 +58,18 @@ class Recycling:
     Attributes:
         pool: the draws.
         num_pairs: that the next step draws.
+        digest: of the model's arguments at the draws.
     """
 
     pool: recycled.Pool
     num_pairs: int
+    digest: int
 
 
 def init(loc: Tensor, scales: tuple[Any, ...]) -> Recycling:
     """No draws yet, and room for 512, or as many as have four million numbers in their Hessians."""
     num_pairs = min(MAX_PAIRS, max(8, MAX_NUMBERS // (2 * len(loc) ** 2)))
-    return Recycling(pool=recycled.init(num_pairs, loc, scales), num_pairs=1)
+    return Recycling(pool=recycled.init(num_pairs, loc, scales), num_pairs=1, digest=0)
 
 
 class _Place(NamedTuple):
@@ -125,19 +129,23 @@ def step(
     objective: Objective,
     blocks: tuple[Block, ...],
     noise: Tensor,
-    temperature: float = 1.0,
+    temperature: float,
+    digest: int,
 ) -> tuple[State, Tensor, bool]:
     """One step.
 
     Args:
         objective: E_q[ℓ]/τ − H(q) at a noise ε, see `gradients/_estimate.py`.
         noise: ε of as many pairs as a step may draw, [K, D]; the first `num_pairs` are used.
+        digest: of the model's arguments.
 
     Returns:
         the next state, the loss averaged over the fresh draws, and whether the Gaussian moved. Where the loss, a
         gradient or a Hessian is not finite at a fresh draw, the step is `skipped`.
     """
-    recycling: Recycling = state.recycling
+    changed = digest != state.recycling.digest
+    recycling = Recycling(recycled.emptied(state.recycling.pool, changed), state.recycling.num_pairs, digest)
+    state = replace(state, recycling=recycling)
     pairs = torch.stack([noise, -noise], 1)[: recycling.num_pairs]
     draws = Draws.at(pairs.flatten(0, 1))  # one object for all that is asked of them, whose noise is made once
     pool, losses, usable = _fresh(state, objective, blocks, pairs, draws, temperature)
@@ -155,7 +163,7 @@ def step(
     start = place(state.loc, state.precision)
     far, last_gradient = start.far, state.rate.last_gradient
     opposed = _rate.opposed(start.moments.gradient, start.precision, last_gradient)
-    noisy_steps = state.rate.noisy_steps + (start.noisy and opposed)
+    noisy_steps = state.rate.noisy_steps + ((start.noisy or changed) and opposed)
     first_rate = state.rate.rate
     if not far:
         cap = _cap(noisy_steps, start.moments.effective, recycling.num_pairs)
@@ -209,7 +217,7 @@ def step(
     rate = _rate.next_rate(end.rate, first_rate, end.taken, tries, math.inf if far else 1.0)
     kept = replace(
         state,
-        recycling=Recycling(pool, num_pairs),
+        recycling=Recycling(pool, num_pairs, digest),
         evaluations=state.evaluations + 2 * recycling.num_pairs * (len(state.loc) + 1 + end.proposals + far),
         residual=start.residual,
         error=start.error,

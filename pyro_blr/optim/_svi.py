@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import zlib
 from collections.abc import Callable, Iterable
 from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -23,6 +25,7 @@ from pyro.infer import (
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
 )
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from pyro.optim import PyroOptim
@@ -30,6 +33,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from ..gradients import Draws, Extras, Objective
 from ._layout import (
@@ -41,18 +45,19 @@ from ._layout import (
     gather,
     moments,
     rows_of,
-    subsampled,
     unconstrained,
     undisturbed,
     unwrap,
 )
 
 __all__ = [
+    "Fingerprint",
     "Members",
     "Redraw",
     "calling_svi",
     "check_loss",
     "check_params",
+    "evaluated_as",
     "frame_of",
     "host_gradients",
     "host_noise",
@@ -68,13 +73,11 @@ __all__ = [
     "unchanged",
 ]
 
+SUPPORTED_LOSSES = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
 # A compiled loss cannot be given other draws, so the class that it compiles is evaluated in its place.
-SUPPORTED_LOSSES: dict[type, Any] = {
-    Trace_ELBO: Trace_ELBO,
+COMPILED_LOSSES: dict[type, Any] = {
     JitTrace_ELBO: Trace_ELBO,
-    TraceMeanField_ELBO: TraceMeanField_ELBO,
     JitTraceMeanField_ELBO: TraceMeanField_ELBO,
-    TraceEnum_ELBO: TraceEnum_ELBO,
     JitTraceEnum_ELBO: TraceEnum_ELBO,
 }
 
@@ -104,12 +107,17 @@ def frame_of(method: Callable) -> FrameType | None:
 def check_loss(svi: SVI, rule: str = "BLR") -> Any:
     """The ELBO object of `svi`. A rule for E_q[ℓ] − H(q) is wrong for any other objective."""
     loss = getattr(svi.loss, "__self__", svi.loss)
-    if type(loss) not in SUPPORTED_LOSSES:
+    if not isinstance(loss, SUPPORTED_LOSSES) or isinstance(loss, TraceTailAdaptive_ELBO):  # a bound of another kind
         raise TypeError(
             f"{rule} minimises the negative ELBO, E_q[-log p] - H(q); got {type(loss).__name__}. "
-            f"Use one of {', '.join(kind.__name__ for kind in SUPPORTED_LOSSES)}."
+            f"Use one of {', '.join(kind.__name__ for kind in (*SUPPORTED_LOSSES, *COMPILED_LOSSES))}."
         )
     return loss
+
+
+def evaluated_as(loss: Any) -> Any:
+    """The class whose methods are to evaluate an ELBO: its own, or the one that it compiles."""
+    return next((COMPILED_LOSSES[kind] for kind in type(loss).__mro__ if kind in COMPILED_LOSSES), type(loss))
 
 
 def check_params(params: Iterable[Tensor], rule: str = "BLR") -> None:
@@ -141,6 +149,41 @@ def host_optimizer(others: Any) -> PyroOptim:
     raise TypeError(
         f"others must be a pyro.optim.PyroOptim, for example pyro.optim.Adam({{'lr': 0.01}}); got {others!r}."
     )
+
+
+class Fingerprint:
+    """Tells the model's arguments of one step from those of another; tensors that are still the same are not read."""
+
+    def __init__(self) -> None:
+        self.digest = 0
+        self.seen: list[tuple[Any, Any]] = []  # each argument and its version; kept, so that its identity is
+
+    def of(self, args: tuple, kwargs: dict) -> int:
+        """A number that two lists of arguments hardly share unless they are the same, bit for bit."""
+        now = [(leaf, _version_of(leaf)) for leaf in pytree.tree_leaves((args, kwargs))]
+        same = len(now) == len(self.seen) and all(
+            leaf is known and version == then for (leaf, version), (known, then) in zip(now, self.seen, strict=True)
+        )
+        if not same:
+            self.seen, self.digest = now, 0
+            for leaf, _ in now:
+                self.digest = zlib.crc32(_bytes_of(leaf), self.digest)
+        return self.digest
+
+
+def _version_of(leaf: Any) -> Any:
+    """What is the same as long as the value is."""
+    if isinstance(leaf, np.ndarray) or (isinstance(leaf, Tensor) and leaf.is_inference()):
+        return object()  # nothing tells when it is written to
+    return leaf._version if isinstance(leaf, Tensor) else None
+
+
+def _bytes_of(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+        return leaf.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
+    if isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
+        return leaf.tobytes()
+    return repr(leaf).encode() if isinstance(leaf, (bool, int, float, str)) else b""
 
 
 class Members(NamedTuple):
@@ -178,7 +221,7 @@ def objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout, seed: int)
     is left of the loss is its −log p.
     """
     elbo = check_loss(svi)
-    loss_of = SUPPORTED_LOSSES[type(elbo)].differentiable_loss
+    loss_of = evaluated_as(elbo).differentiable_loss
 
     def objective(loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draw: Draws):
         redraw = Redraw(layout, loc, scales, draw, seed)
@@ -197,7 +240,7 @@ def objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout, seed: int)
 def recyclable(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> bool:
     """Whether the loss at a draw is −log p(D, z) + log q(z) of a fixed ℓ: one particle, all data, no analytic KL."""
     elbo = check_loss(svi)
-    one_density = SUPPORTED_LOSSES[type(elbo)] in (Trace_ELBO, TraceEnum_ELBO) and elbo.num_particles == 1
+    one_density = evaluated_as(elbo) in (Trace_ELBO, TraceEnum_ELBO) and elbo.num_particles == 1
     drawn = all(block.structure in ("diagonal", "dense") for block in layout.blocks)
     if not (one_density and drawn) or layout.members or layout.others:
         return False
@@ -212,12 +255,12 @@ def recyclable(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> bool:
 def traceable_objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> Objective:
     """`objective_of` without the host's looks at a value (a warning of NaN), for `make_fx`; the noise is given."""
     elbo = check_loss(svi)
-    kind = SUPPORTED_LOSSES[type(elbo)]
+    kind = evaluated_as(elbo)
 
     def objective(loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draw: Draws):
         with undisturbed(0, loc.device), ItemsAreTensors(), Redraw(layout, loc, scales, draw, seed=0):
             pairs = kind._get_traces(elbo, svi.model, svi.guide, args, kwargs)
-            if kind is TraceEnum_ELBO:
+            if issubclass(kind, TraceEnum_ELBO):
                 losses = [-_compute_dice_elbo(*pair) for pair in pairs]
             else:
                 losses = [kind._differentiable_loss_particle(elbo, *pair)[1] for pair in pairs]
@@ -305,7 +348,8 @@ class Redraw(Messenger):
             self.indices[msg["name"]] = msg["value"]
 
     def _pyro_sample(self, msg: Any) -> None:
-        self.minibatch |= bool(subsampled(msg))
+        # one that is iterated over, too
+        self.minibatch |= any(frame.full_size not in (None, frame.size) for frame in msg["cond_indep_stack"])
         if isinstance(msg["fn"], _Subsample):
             return
         if not msg["done"] and msg["value"] is None:  # in the model the value is there already, replayed from the guide

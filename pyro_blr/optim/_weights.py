@@ -103,7 +103,7 @@ def find_layout(
     rest = [param for param in params if id(param) not in own]
     if guides and not rest:
         return Layout(sites=(), members=(), tensors={}, constraints={}, others={}), guides
-    layout = recognise(svi, loss, args, kwargs, rest, stock_gradients=True, rule="IVON", alone=not guides)
+    layout = recognise(svi, loss, args, kwargs, rest, learned_scales_only=True, rule="IVON", alone=not guides)
     check_layout(layout)
     return layout, guides
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pyro.optim
 import torch
 from pyro.infer import SVI
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..families import (
     Block,
@@ -129,6 +130,7 @@ class BLR(pyro.optim.PyroOptim):
         self.state: OptState | None = None
         self.compile: bool | str = False  # True, "auto" or "inductor": steps on the loss traced once (`_traced.py`)
         self._tracer = Tracer()
+        self._fingerprint = _svi.Fingerprint()
         self._seen: tuple[Any, ...] = ()
         self._loaded: dict[str, Any] = {}
 
@@ -136,7 +138,7 @@ class BLR(pyro.optim.PyroOptim):
         """The state for the parameters of `svi.guide` as they are now, or the one that was loaded for them."""
         _svi.check_params(params)
         loss = _svi.check_loss(svi)
-        layout = recognise(svi, loss, args, kwargs, params, stock_gradients=self.estimator == "gradient")
+        layout = recognise(svi, loss, args, kwargs, params, learned_scales_only=self.estimator == "gradient")
         if layout.members and self.estimator == "gradient":
             raise ValueError(
                 "estimator='gradient' uses the stock gradient of Gaussian sites alone, and the guide has "
@@ -262,7 +264,10 @@ class BLR(pyro.optim.PyroOptim):
             members, naturals, draws, loss = self._sweep(plain, state, draws, seed)
         if gaussian is not None and gaussian.recycling is not None:
             noise = _svi.joint_noise(seed, self.num_draws // 2, gaussian.loc)
-            gaussian, average, moved = _recycled.step(gaussian, objective, layout.blocks, noise, self.temperature)
+            digest = self._fingerprint.of(args, kwargs)
+            gaussian, average, moved = _recycled.step(
+                gaussian, objective, layout.blocks, noise, self.temperature, digest
+            )
             loss = self.temperature * average
         elif gaussian is not None:
             gaussian, estimate, moved = step(
@@ -351,7 +356,7 @@ class BLR(pyro.optim.PyroOptim):
     def get_state(self) -> dict[str, Any]:
         """Everything needed to continue: tensors and numbers by name, for `torch.save`."""
         if self.state is None:
-            return {}
+            return dict(self._loaded)
         gaussian, members = self.state.gaussian, self.state.members
         return {
             "count": self.state.count,
@@ -386,7 +391,8 @@ class BLR(pyro.optim.PyroOptim):
         self._loaded, self.state = dict(state_dict), None
 
     def _resumed(self, fresh: OptState) -> OptState:
-        loaded, gaussian = self._loaded, fresh.gaussian
+        gaussian, device = fresh.gaussian, next(iter(fresh.layout.tensors.values())).device
+        loaded: dict[str, Any] = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), self._loaded)
         shape = None if gaussian is None else tuple(field_of(gaussian.precision).shape)
         expected = (described(fresh.layout), shape)
         stored = (loaded["sites"], None if loaded["precision"] is None else tuple(loaded["precision"].shape))
@@ -460,12 +466,13 @@ def recycling_state(gaussian: State | None) -> dict[str, Any] | None:
     """The draws that are kept, as tensors and numbers by name."""
     if gaussian is None or gaussian.recycling is None:
         return None
-    return {**vars(gaussian.recycling.pool), "num_pairs": gaussian.recycling.num_pairs}
+    recycling = gaussian.recycling
+    return {**vars(recycling.pool), "num_pairs": recycling.num_pairs, "digest": recycling.digest}
 
 
 def resumed_recycling(fresh: _recycled.Recycling | None, loaded: dict[str, Any] | None) -> _recycled.Recycling | None:
     """What `recycling_state` described; a fit that keeps draws now and did not then starts without any."""
     if fresh is None or loaded is None:
         return fresh
-    fields = dict(loaded)
-    return _recycled.Recycling(num_pairs=fields.pop("num_pairs"), pool=recycled.Pool(**fields))
+    pool = recycled.Pool(**{item.name: loaded[item.name] for item in fields(recycled.Pool)})
+    return _recycled.Recycling(pool=pool, num_pairs=loaded["num_pairs"], digest=loaded["digest"])

@@ -1,9 +1,9 @@
 """Bayes' rule as addition: what each factor or each datum contributes to the natural parameters of a fitted guide.
 
-At the fixed point of the Bayesian learning rule, λ = Σ_f ∇_μ E_q[log p_f(z)], over the factors f of the model, the
-prior's among them. Each summand is the natural parameter of a conjugate stand-in for its factor, exact where the model
-is conjugate: what is taken away from λ forgets the factor, what is added learns it, and posteriors fitted on disjoint
-data merge as λ₀ + Σ_k (λ_k − λ₀).
+At the fixed point of the Bayesian learning rule, λ = Σ_f ∇_μ E_q[log p_f(z)] / τ, over the factors f of the model, the
+prior's among them, and with the temperature τ, 1 for Bayes. Each summand is the natural parameter of a conjugate
+stand-in for its factor, exact where the model is conjugate: what is taken away from λ forgets the factor, what is added
+learns it, and posteriors fitted on disjoint data merge as λ₀ + Σ_k (λ_k − λ₀).
 
 The summands are the derivatives of ∇_μ E_q[log p] with respect to weights on the factors, in which it is linear.
 
@@ -33,7 +33,7 @@ __all__ = ["merge", "site_contributions"]
 def site_contributions(
     svi: SVI, *args: Any, plate: str | None = None, num_draws: int = 256, **kwargs: Any
 ) -> dict[str, dict[str, Natural]]:
-    """∇_{μ_s} E_q[log p_f] for every site s of the guide and every factor f of the model.
+    """∇_{μ_s} E_q[log p_f] / τ for every site s of the guide and every factor f of the model.
 
     Args:
         svi: after a fit with `BLR`.
@@ -50,7 +50,7 @@ def site_contributions(
         ValueError: the model has no plate of that name, or it is subsampled; `num_draws` is not even and positive.
         TypeError: the optimizer of `svi` is not `BLR`, or has taken no step.
     """
-    from .blr import OptState  # the rule's state is the only thing known of the rule
+    from .blr import OptState  # the rule's state and temperature are all that is known of the rule
 
     opt_state = getattr(svi.optim, "state", None)
     if not isinstance(opt_state, OptState):
@@ -111,7 +111,7 @@ def _factors(svi: SVI, args: tuple, kwargs: Mapping[str, Any]) -> tuple[list[str
 def _targets(
     svi: SVI, opt_state: Any, args: tuple, kwargs: Any, num_draws: int, plate: str | None, weights: dict[str, Tensor]
 ) -> dict[str, tuple[Natural, Natural]]:
-    """∇_μ E_q[log p] of every site, and its derivatives with respect to the weights, a batch [W, ...]."""
+    """∇_μ E_q[log p] / τ of every site, and its derivatives with respect to the weights, a batch [W, ...]."""
     layout, roles = opt_state.layout, opt_state.roles
     loc, scales = gather(layout)
     naturals = gather_members(layout)
@@ -140,20 +140,20 @@ def _targets(
         losses, extras = zip(*(loss_at(loc, draw) for draw in each), strict=True)
         return torch.stack(losses), extras[0]
 
-    result = {}
+    result, factor = {}, -1 / svi.optim.temperature
     for role in roles:
         natural, values = naturals[role.name], members.values[role.name]
         slopes = _sweep.slopes_of(role, natural, evaluate, members, None)[2]
         with torch.enable_grad():
-            target = -_sweep.natural_gradient(role, natural, design, values, slopes, seeds[role.name])
+            target = factor * _sweep.natural_gradient(role, natural, design, values, slopes, seeds[role.name])
         result[role.name] = _each_leaf(Tensor.detach, target), _by_weight(target, flat)
     if layout.sites:
         each = each_draw(draws._replace(members=members.each(len(design.draw))))
         moments = zip(*(_moments(loss_at, loc, draw, flat) for draw in each), strict=True)
         gradient, hessian, gradients, hessians = (torch.stack(moment).mean(0) for moment in moments)
         for site in layout.sites:
-            total = -_gaussian(site.block, loc, gradient, hessian)
-            each_factor = [-_gaussian(site.block, loc, g, h) for g, h in zip(gradients, hessians, strict=True)]
+            total = factor * _gaussian(site.block, loc, gradient, hessian)
+            each_factor = [factor * _gaussian(site.block, loc, g, h) for g, h in zip(gradients, hessians, strict=True)]
             result[site.name] = total, _stacked(each_factor)
     return result
 

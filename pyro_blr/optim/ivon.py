@@ -15,9 +15,10 @@ from typing import Any
 import pyro.optim
 import torch
 import torch.distributed
-from pyro.infer import SVI, JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceMeanField_ELBO
+from pyro.infer import SVI
 from torch import Tensor
 from torch.distributions import transform_to
+from torch.utils import _pytree as pytree
 
 from . import _ivon, _options, _svi, _weights
 from ._gaussian import all_finite
@@ -29,7 +30,6 @@ __all__ = ["IVON", "IVONState"]
 LEARNING_RATES = {"factored": 0.05, "posterior": 0.1}
 MEMORIES = {"factored": 0.9999, "posterior": 0.99999}  # of the curvature
 
-COMPILED_LOSSES = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceMeanField_ELBO)
 Statistics = list[tuple[str, Tensor, Tensor]]
 
 
@@ -153,10 +153,10 @@ class IVON(pyro.optim.PyroOptim):
         """The state for the parameters of `svi.guide` as they are now, or the one that was loaded for them."""
         _svi.check_params(params, "IVON")
         loss = _svi.check_loss(svi, "IVON")
-        if type(loss) in COMPILED_LOSSES:
+        if (uncompiled := _svi.evaluated_as(loss)) is not type(loss):
             raise TypeError(
                 f"IVON draws the weights of every step anew; got {type(loss).__name__}, which records the draws of the "
-                f"first. Use {_svi.SUPPORTED_LOSSES[type(loss)].__name__}."
+                f"first. Use {uncompiled.__name__}."
             )
         if loss.vectorize_particles and loss.num_particles > 1:
             raise ValueError(
@@ -291,8 +291,10 @@ class IVON(pyro.optim.PyroOptim):
             return state
         device = next(iter(state.weights.loc.values())).device  # what the group's engine can send
         seed = torch.tensor(state.seed, device=device)
-        for tensor in (seed, *state.weights.loc.values()):
-            torch.distributed.broadcast(tensor, src=0, group=self.process_group)
+        others = [param.detach() for param in state.layout.others.values()]
+        first = torch.distributed.get_global_rank(self.process_group, 0)
+        for tensor in (seed, *state.weights.loc.values(), *others):
+            torch.distributed.broadcast(tensor, src=first, group=self.process_group)
         return replace(state, seed=int(seed))
 
     def _temperature(self, state: IVONState) -> float:
@@ -312,20 +314,26 @@ class IVON(pyro.optim.PyroOptim):
             guide.temperature.fill_(temperature)
 
     def get_state(self) -> dict[str, Any]:
-        """Everything needed to continue, beside Pyro's parameter store and the guide: tensors and numbers by name."""
+        """Everything needed to continue, beside Pyro's parameter store and the guide: tensors and numbers by name.
+
+        They are copies, which later steps leave as they are.
+        """
         if self.state is None:
-            return {}
+            return dict(self._loaded)
         weights = self.state.weights
-        return {
-            "count": weights.count,
-            "updates": self.state.updates,
-            "skipped": weights.skipped,
-            "seed": self.state.seed,
+        tensors = {
             "momentum": weights.momentum,
             "hessian": weights.hessian,
             "second_moment": weights.second_moment,
             "sums": self.state.sums,
             "pair": {} if self.state.pair is None else vars(self.state.pair),
+        }
+        return {
+            "count": weights.count,
+            "updates": self.state.updates,
+            "skipped": weights.skipped,
+            "seed": self.state.seed,
+            **pytree.tree_map_only(Tensor, Tensor.clone, tensors),
             "others": self.others.get_state(),
         }
 

@@ -117,6 +117,8 @@ def test_a_fitted_guide_gives_draws_quantiles_and_distributions(backend):
         assert abs(draws[name].mean() - mean) < 5 * sd / 2_000**0.5
     np.testing.assert_allclose(fit.quantiles([0.1, 0.5])["rate"], gamma.ppf([0.1, 0.5], 3, scale=0.5), rtol=0.1)
     assert abs(fit.median()["mu"] - 1.0) < 0.1
+    assert np.shape(fit.quantiles(0.1)["rate"]) == np.shape(fit.quantiles(0.1)["mu"]) == ()
+    np.testing.assert_allclose(fit.quantiles(0.1)["rate"], gamma.ppf(0.1, 3, scale=0.5), rtol=0.1)
 
 
 def test_a_site_without_conjugacy_reaches_the_optimum_of_its_family(backend):

@@ -212,6 +212,28 @@ def test_natural_param_in_a_guide_by_hand(backend):
     np.testing.assert_allclose(linear, np.full(3, -1.5), rtol=1e-10)
 
 
+def test_natural_param_starts_at_a_distribution_that_is_expanded_and_moved_to_the_event(backend):
+    y = np.array([1.0, 2.0, 4.0])
+
+    def make_model(host):
+        def model(y):
+            weights = host.sample("w", start(host))
+            host.sample("y", host.dist.Normal(weights, 0.5).to_event(1), obs=y)
+
+        return model
+
+    def start(host):
+        return host.dist.Normal(host.array(0.0), host.array(1.0)).expand((3,)).to_event(1)
+
+    def make_guide(host, model):
+        return lambda y: host.sample("w", backend.natural_param("w_natural", start(host)))
+
+    fit = backend.start(make_model, make_guide, (y,), learning_rate=1.0).run(1)
+    linear, quadratic = backend.natural_leaves(fit, "w_natural")
+    np.testing.assert_allclose(linear, 4 * y, rtol=1e-10)
+    np.testing.assert_allclose(quadratic, np.full(3, -2.5), rtol=1e-10)
+
+
 def test_cells_that_meet_in_a_term_cannot_be_summed_one_by_one(backend):
     def make(host):
         def model(y):

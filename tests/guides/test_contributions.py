@@ -17,8 +17,8 @@ def poisson(host):
     return model
 
 
-def fitted(backend, counts):
-    return backend.start_families(poisson, (counts,), {}, learning_rate=1.0).run(1)
+def fitted(backend, counts, **options):
+    return backend.start_families(poisson, (counts,), {}, learning_rate=1.0, **options).run(1)
 
 
 def test_each_factor_of_a_conjugate_model_contributes_its_own_natural_parameters(backend):
@@ -43,6 +43,13 @@ def test_posteriors_merge_and_data_are_forgotten_exactly(backend):
     data = whole.contribution_objects(plate="data")["rate"]["data"]
     without = [leaf[0] for leaf in backend.leaves(whole.natural_objects()["rate"] - data)]
     np.testing.assert_allclose(without, fitted(backend, COUNTS[1:]).naturals()["rate"], rtol=1e-10)
+
+
+def test_contributions_at_a_temperature_sum_to_what_was_fitted(backend):
+    fit = fitted(backend, COUNTS, temperature=2.0)
+    parts = fit.contributions()["rate"]
+    np.testing.assert_allclose(parts["rate"], (0.5, -0.25), rtol=1e-10)
+    np.testing.assert_allclose(np.add(parts["rate"], parts["counts"]), fit.naturals()["rate"], rtol=1e-10)
 
 
 def logistic(host):

@@ -204,6 +204,18 @@ def test_a_network_resumed_from_files_equals_not_stopping_bit_for_bit(options, t
     check_same(later.state(), straight)
 
 
+def test_a_state_that_was_taken_stays_as_it_was():
+    fit = Fit()
+    fit.run(3)
+    taken = fit.svi.optim.get_state()
+    before = copy.deepcopy(taken)
+    fit.run(3)
+    check_same(taken, before)
+    fresh = IVON()
+    fresh.set_state(taken)
+    check_same(fresh.get_state(), taken)
+
+
 @pytest.mark.parametrize("guide", ["AutoWeights", "AutoNormal"])
 def test_an_interrupt_within_a_step_leaves_everything_as_it_was(guide):
     """The mean is in the module, not the draw; the next step is the one that would have been."""
@@ -341,27 +353,47 @@ def test_a_compiled_loss_is_refused():
 # Several processes
 
 WORKER = """
-import sys
+import sys, warnings
 import numpy as np, pyro, torch
 import torch.distributed as distributed
+from pyro.infer.autoguide import AutoNormal
+from pyro_blr import IVON
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
 from tests.hosts.test_ivon_pyro import Fit
 rank, folder = int(sys.argv[1]), sys.argv[2]
-ROWS = slice(6 * rank, 6 * rank + 6)
+ROWS = slice(6 * rank - 6, 6 * rank)
 
 
 def group(name):
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=2)
+    # the last two of three processes, so that the first worker of the group is not the first of all
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=3)
+    return distributed.new_group([1, 2])
 
 
-def start():
+def start(workers):
     pyro.set_rng_seed(100 + rank)  # the first worker's counts
-    fit = Fit(process_group=True, num_rows=6, learning_rate=0.1, beta2=0.9)
+    fit = Fit(process_group=workers, num_rows=6, learning_rate=0.1, beta2=0.9)
     fit.rows = ROWS
-    if rank == 1 and not resumed:
+    if rank == 2 and not resumed:
         fit.net.weights.add_(1.0)  # so does its start
     return fit
+
+
+def start_of_others(workers):  # a parameter of the model that starts at random
+    pyro.clear_param_store()
+    pyro.set_rng_seed(rank)
+
+    def model():
+        z = pyro.sample("z", pyro.distributions.Normal(0.0, 1.0))
+        shift = pyro.param("shift", lambda: torch.randn(()))
+        pyro.sample("y", pyro.distributions.Normal(z + shift, 1.0), obs=torch.tensor(2.0))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the parameter is no site's
+        svi = pyro.infer.SVI(model, AutoNormal(model), IVON(process_group=workers), pyro.infer.Trace_ELBO())
+        svi.step()
+    return pyro.param("shift").detach()
 
 
 def run(fit, num_steps):
@@ -372,45 +404,46 @@ def run(fit, num_steps):
     return draws
 
 
-group("first")
+workers = group("first")
+if rank == 0:
+    sys.exit()
 resumed = False
-fit = start()
+fit = start(workers)
 draws = run(fit, 3)
 saved = fit.state()
 run(fit, 3)
-straight = fit.state()
-distributed.destroy_process_group()
+straight, others = fit.state(), start_of_others(workers)
+distributed.destroy_process_group(workers)
 
-group("second")
+workers = distributed.new_group([1, 2], use_local_synchronization=True)
 resumed = True
-later = start()
+later = start(workers)
 later.guide.load_state_dict(saved[0])
 later.svi.optim.set_state(saved[1])
 run(later, 3)
-torch.save([draws, saved, straight, later.state()], f"{folder}/{rank}.pt")
-distributed.destroy_process_group()
+torch.save([draws, saved, straight, others, later.state()], f"{folder}/{rank}.pt")
 """
 
 
 def test_workers_average_what_they_find_and_resume(tmp_path):
-    """Two processes with halves of the data: draws of their own, one step, which is the reference's on the average."""
+    """Two of three processes with halves of the data: draws of their own, and one step, the reference's on average."""
     root = Path(__file__).parent.parent.parent
     (tmp_path / "worker.py").write_text(WORKER)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     workers = [
         subprocess.Popen([sys.executable, tmp_path / "worker.py", str(rank), tmp_path], cwd=root, env=environment,
                          stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
+        for rank in range(3)
     ]  # fmt: skip
     try:
         errors = [worker.communicate(timeout=300)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], errors
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
-    check_same(first[1:], second[1:])  # means, curvatures, seeds and counts, at every worker
-    check_same(first[3], first[2])  # a group that was started anew from a checkpoint
+    assert [worker.returncode for worker in workers] == 3 * [0], errors
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (1, 2))
+    check_same(first[1:], second[1:])  # means, curvatures, seeds and counts, at every worker, and other parameters
+    check_same(first[4], first[2])  # a group that was started anew from a checkpoint
 
     fit = Fit()
     expected = Expected(fit)

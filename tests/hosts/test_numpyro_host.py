@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -22,8 +23,9 @@ numpyro = pytest.importorskip("numpyro")
 jnp, dist = jax.numpy, numpyro.distributions
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO  # noqa: E402
 from numpyro.infer.autoguide import AutoBNAFNormal, AutoMultivariateNormal, AutoNormal  # noqa: E402
+from numpyro.infer.initialization import init_to_value  # noqa: E402
 
-from numpyro_blr import BLR  # noqa: E402
+from numpyro_blr import BLR, AutoExponentialFamily  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("numpyro_bridge")
 COUNTS = jnp.array([3.0, 0.0, 1.0, 2.0])
@@ -226,7 +228,8 @@ def test_seeds_may_be_mapped_over():
         check_same(jax.tree.map(lambda leaf, lane=lane: leaf[lane], together), alone(key), rtol=1e-10, atol=1e-12)
 
 
-def test_mutable_state_passes_through():
+@pytest.mark.parametrize("rate", [None, 0.5], ids=["automatic", "given"])
+def test_mutable_state_passes_through(rate):
     """However many draws a step takes, the model's own state moves on once."""
 
     def counting(y=COUNTS):
@@ -234,7 +237,7 @@ def test_mutable_state_passes_through():
         counter["value"] = counter["value"] + 1
         model(y)
 
-    svi = make_svi(counting)
+    svi = make_svi(counting, learning_rate=rate)
     start = svi.init(jax.random.key(0))
     state = advance(svi, start, 3)
     assert_array_equal(state.mutable_state["counter"]["value"] - start.mutable_state["counter"]["value"], 3)
@@ -296,6 +299,44 @@ def test_other_parameters_get_the_averaged_gradient_of_the_same_draws(numpyro_br
     points = [loc + sign * factor @ eps for sign in (1, -1) for eps in noise]
     expected = np.mean([problem.gradient(z) for z in points], axis=0)
     assert_allclose(estimate.others["shift"], expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("estimator", ["hessian", "hutchinson", "gradient"])
+def test_the_temperature_is_not_in_the_gradient_of_other_parameters(estimator):
+    """Of E_q[ℓ] − τ H(q), whose gradient is that of E_q[ℓ]; in the loss it is a factor of the entropy alone."""
+
+    def shifted(y=2.0):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(z + numpyro.param("shift", jnp.array(0.0)), 1.0), obs=y)
+
+    found = {}
+    for temperature in (1.0, 4.0):
+        optimizer = BLR(0.5, estimator=estimator, temperature=temperature, others=numpyro.optim.SGD(1.0))
+        with pytest.warns(UserWarning, match="shift belong to no site"):
+            guide = AutoNormal(shifted, init_loc_fn=init_to_value(values={"z": 0.0}))
+            svi = SVI(shifted, guide, optimizer, Trace_ELBO())
+            state = svi.init(jax.random.key(0))
+        state, loss = jax.jit(svi.update)(state)
+        found[temperature] = svi.get_params(state)["shift"], loss
+    (shift, loss), (same, hot) = found.values()
+    assert_allclose(same, shift, rtol=1e-12)
+    assert 1.0 < shift < 3.0
+    assert_allclose(loss - hot, 3 * math.log(0.1), rtol=1e-10)  # of the entropy, up to a constant
+
+
+def test_draws_of_other_families_follow_the_key():
+    def model():
+        numpyro.sample("y", dist.Normal(jnp.log(numpyro.sample("r", dist.Gamma(2.0, 1.0))), 1.0), obs=1.0)
+
+    guide = AutoExponentialFamily(model, start={"r": dist.Gamma(2.0, 1.0)})
+    svi = SVI(model, guide, BLR(), Trace_ELBO())
+    update = jax.jit(svi.update)
+    start = svi.init(jax.random.key(0))
+    once, again, other = (
+        guide.posterior(svi.get_params(advance(svi, start._replace(rng_key=jax.random.key(seed)), 2, update=update)))
+        for seed in (0, 0, 1)
+    )
+    assert once["r"].concentration == again["r"].concentration != other["r"].concentration
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -571,7 +612,7 @@ def test_single_precision_stays_single_and_arrives(random):
     child = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=root, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     dtypes, loc, factor = json.loads(child.stdout)
-    assert dtypes == ["float32", "int32"]
+    assert dtypes == ["float32", "int32", "uint32"]
     rows, scales = np.concatenate([np.eye(2), x]), np.repeat([1.0, 0.5], [2, 6])
     exact_loc, exact_covariance = reference.linear_gaussian(rows, np.concatenate([[0.0, 0.0], y]), scales)
     assert_allclose(loc, exact_loc, rtol=1e-3)

@@ -25,6 +25,7 @@ from pyro.infer import (  # noqa: E402
     TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
 )
 from pyro.infer.autoguide import (  # noqa: E402
     AutoDiagonalNormal,
@@ -34,7 +35,7 @@ from pyro.infer.autoguide import (  # noqa: E402
 )
 from pyro.optim import Adam  # noqa: E402
 
-from pyro_blr import BLR  # noqa: E402
+from pyro_blr import BLR, fit  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("pyro_bridge")
 positive = dist.constraints.positive
@@ -367,8 +368,12 @@ def test_the_host_s_random_numbers_are_used_once_a_step_and_no_more():
 
 @pytest.mark.parametrize(
     ("loss", "name"),
-    [(RenyiELBO(alpha=0.5, num_particles=2), "RenyiELBO"), (lambda model, guide: torch.zeros(()), "function")],
-    ids=["RenyiELBO", "a function"],
+    [
+        (RenyiELBO(alpha=0.5, num_particles=2), "RenyiELBO"),
+        (TraceTailAdaptive_ELBO(num_particles=2, vectorize_particles=True), "TraceTailAdaptive_ELBO"),
+        (lambda model, guide: torch.zeros(()), "function"),
+    ],
+    ids=["RenyiELBO", "TraceTailAdaptive_ELBO", "a function"],
 )
 def test_other_losses_are_refused(loss, name):
     with pytest.raises(TypeError, match=f"got {name}.*Use one of Trace_ELBO"):
@@ -528,6 +533,55 @@ def test_a_cleared_store_and_another_svi_start_anew():
     first = three_steps(used)
     check_same(three_steps(used), first)
     assert used.get_state()["count"] == 3
+
+
+def located(y):
+    z = pyro.sample("z", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def located_by_hand(y):
+    scale = pyro.param("scale", torch.tensor(1.0), constraint=positive)
+    pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), scale))
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, located_by_hand], ids=["a module", "by hand"])
+def test_a_fit_draws_what_it_found_whatever_was_fitted_since(guide):
+    """And leaves the store as it finds it."""
+    fits, draws = [], []
+    for sign in (1.0, -1.0):
+        pyro.clear_param_store()
+        fits.append(fit(located, guide, sign * torch.tensor([2.9, 3.1]), progress_bar=False))
+        draws.append(fits[-1].sample(50)["z"])
+        assert abs(float(draws[-1].mean()) - 3 * sign) < 1.0
+    left = stored()
+    for made, drawn in zip(fits, draws, strict=True):
+        assert torch.equal(made.sample(50)["z"], drawn)
+    check_same(stored(), left)
+    pyro.clear_param_store()
+    assert torch.equal(fits[0].sample(50)["z"], draws[0])
+    assert not stored()
+
+
+def test_a_plate_that_is_iterated_over_is_a_minibatch_too():
+    def in_turn():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        for row in pyro.plate("data", 6, subsample_size=2):
+            pyro.sample(f"y_{row}", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    svi = make_svi(in_turn, AutoNormal(in_turn))
+    svi.step()
+    assert svi.optim.state.gaussian.recycling is None
+
+
+def test_a_loaded_state_is_kept_until_it_is_taken_up(tmp_path):
+    svi = make_svi()
+    svi.step()
+    state = svi.optim.get_state()
+    fresh = BLR()
+    fresh.set_state(state)
+    assert fresh.get_state() == state
 
 
 def test_the_host_s_random_numbers_do_not_depend_on_the_draws_of_hutchinson():

@@ -24,7 +24,7 @@ def started(backend, loc, precision):
 
 
 def stepper(backend, loss):
-    """(state, noise [K, D]) -> (state, loss, moved), for ℓ in the backend's own arrays."""
+    """(state, noise [K, D], digest) -> (state, loss, moved), for ℓ in the backend's own arrays."""
     blocks, step, xp = backend.blocks(PARTS), backend.module("optim._recycled").step, backend.xp
     extras = backend.gradients.Extras(aux=None)
 
@@ -33,8 +33,8 @@ def stepper(backend, loss):
         value = loss(xp, loc + scale @ draw.noise)
         return value - xp.log(xp.einsum("ii->i", scale)).sum() - (draw.noise**2).sum() / 2, extras
 
-    compiled = backend.compiled(lambda state, noise: step(state, objective, blocks, noise))
-    return lambda state, noise: compiled(state, backend.array(noise))
+    compiled = backend.compiled(lambda state, noise, digest: step(state, objective, blocks, noise, 1.0, digest))
+    return lambda state, noise, digest=0: compiled(state, backend.array(noise), backend.digest(digest))
 
 
 def quadratic(xp, z):
@@ -227,6 +227,49 @@ def test_both_packages_take_the_same_steps(both, loss, loc):
     assert int(first.recycling.num_pairs) == int(second.recycling.num_pairs)
     assert int(first.skipped) == int(second.skipped)
     assert (int(first.skipped) > 0) == (loss is undefined_beyond_three)
+
+
+def test_draws_of_other_arguments_are_forgotten(backend, random):
+    """A step that takes back what the last one did is then noise, as between minibatches."""
+    step, state = stepper(backend, counts), started(backend, [0.0, 0.0], 100 * np.eye(2))
+    for _ in range(3):
+        state, *_ = step(state, random.normal(size=(4, 2)), digest=7)
+    assert int(state.recycling.pool.count) >= 3
+    num_pairs, noisy_steps = int(state.recycling.num_pairs), int(state.rate.noisy_steps)
+    for sign in (1, -1):
+        gradient = backend.array(sign * np.asarray(backend.to_numpy(state.rate.last_gradient)))
+        before = replace(state, rate=replace(state.rate, last_gradient=gradient))
+        after, *_ = step(before, random.normal(size=(4, 2)), digest=8)
+        assert int(after.recycling.pool.count) == num_pairs
+        opposed = int(after.rate.noisy_steps) - noisy_steps
+        found = backend.to_numpy(after.rate.last_gradient) @ np.linalg.solve(
+            backend.precision_array(before.precision), backend.to_numpy(gradient)
+        )
+        assert opposed == (found < 0)
+
+
+def location(host):
+    def model(y):
+        center = host.sample("center", host.dist.Normal(host.array(0.0), 10.0))
+        with host.scale(400 / len(y)), host.plate("data", len(y)):
+            host.sample("y", host.dist.Normal(center, 1.0), obs=y)
+
+    return model
+
+
+def test_data_may_change_between_steps(backend, random):
+    """Other data for good, and then a minibatch at every step, of which no plate speaks."""
+    first, second = random.normal(size=(2, 400)) + np.array([[1.0], [3.0]])
+    fit = backend.start(location, cases.MEAN_FIELD.make, (first,)).run(20)
+    fit.args = (backend.argument(second),)
+    ((loc, _),) = fit.run(10).gaussians().values()
+    assert_allclose(loc, second.sum() / 400.01, rtol=1e-8)
+    errors = []
+    for _ in range(150):
+        fit.args = (backend.argument(random.choice(second, 25)),)
+        ((loc, _),) = fit.run(1).gaussians().values()
+        errors.append(float(np.ravel(loc)[0]) - second.mean())
+    assert np.abs(errors[-50:]).mean() < 0.06, "the mean of a batch is off by 0.2"
 
 
 def test_what_is_not_one_density_at_all_draws_is_not_recycled(backend):
