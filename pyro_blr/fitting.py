@@ -5,8 +5,10 @@ With r² = gᵀ S⁻¹ g, the squared Fisher norm of the natural gradient, and V
     what a full step gains ≈ r²/2,        what noise costs ≈ c V/2,        c = ρ/(2 − ρ), or 1 with recycled draws.
 
 Converged, at two checks in a row: r² < 2 V or r²/2 < tolerance/10; c V/2 < tolerance; recycled draws are worth eight
-or more; and the ELBO no longer rises. Sweeps that are exact have no noise: their ELBO stands still. The noise of
-minibatches and of other optimizers is not in V: there the averaged loss decides, which is less, and is said.
+or more, and their expected Hessian Ĥ is in no direction below a quarter of S, as on a saddle or where nothing holds q;
+and the ELBO no longer rises. Sweeps that are exact have no noise: their ELBO stands still. The noise of minibatches is
+in r² and not in V, that of other optimizers in neither: there c r²/2 < tolerance over the last third of the checks,
+other parameters do not drift, and the averaged loss no longer falls, which is less, and is said.
 
 r² = `residual`, V = `error`, ρ = `rate`.
 """
@@ -39,7 +41,9 @@ __all__ = ["Check", "fit", "judge", "num_steps_between_checks"]
 _CHOICES = ("auto", True, False, "inductor")
 BETWEEN_CHECKS, SHARE_BETWEEN_CHECKS = 5, 20
 _TRACED_AFTER = 30  # steps: tracing takes the time of about as many
-MIN_EFFECTIVE, MIN_AVERAGED, MAX_AVERAGED_RATE = 8.0, 60, 0.1
+MIN_EFFECTIVE, MIN_CURVATURE = 8.0, 0.25
+MIN_AVERAGED, MAX_AVERAGED_RATE, MAX_DRIFT, NEGLIGIBLE = 60, 0.1, 2.0, 1e-3  # a steady drift is √12 of its spread
+MAX_FOLLOWED = 1000  # parameters of other optimizers
 PSIS_DRAWS = 300
 
 
@@ -52,6 +56,9 @@ class Check:
         residual: r²; `error` is V.
         rate: ρ of the last step that was taken.
         effective: draws that recycled ones are worth.
+        curvature: the smallest eigenvalue of S⁻¹ Ĥ, 1 where the rule is at rest.
+        drift: by how much the parameters of other optimizers moved on, over their spread, between two thirds of the
+            checks.
     """
 
     step: int
@@ -61,6 +68,8 @@ class Check:
     error: float = math.nan
     rate: float = math.nan
     effective: float = math.nan
+    curvature: float = math.nan
+    drift: float = math.nan
 
 
 def fit(
@@ -109,6 +118,7 @@ def fit(
     svi = SVI(model, guide(model) if isinstance(guide, type) else guide, optimizer, loss or Trace_ELBO())
 
     checks: list[Check] = []
+    places: list[np.ndarray] = []
     losses, converged, reason = np.zeros(0), False, ""
     minibatch: bool | None = None
     with tqdm(total=max_steps, disable=not progress_bar) as bar:
@@ -120,7 +130,8 @@ def fit(
             if minibatch is None:  # not before the first step, which sets the guide up
                 minibatch = _subsamples(svi, args, kwargs)
             at_end, basis = _at_end(opt_state), _basis(optimizer, opt_state, minibatch)
-            checks.append(_check(optimizer, opt_state, at_end, losses, basis))
+            places.append(_place_of_others(opt_state))
+            checks.append(_check(optimizer, opt_state, at_end, losses, basis, _drift(places)))
             converged, reason = judge(checks, losses, basis, tolerance)
             _show(bar, num_steps, checks[-1])
     gaussian = opt_state.gaussian
@@ -159,7 +170,7 @@ def judge(checks: Sequence[Check], losses: np.ndarray, basis: str, tolerance: fl
             the `"exact"` ELBO, or nothing but the `"averaged"` loss.
     """
     if basis == "averaged":
-        return _judge_losses(losses, checks[-1].rate)
+        return _judge_losses(checks, losses, tolerance)
     if len(checks) < 2:
         return False, "there was one check, and two are needed"
     before, now = checks[-2:]
@@ -194,6 +205,11 @@ def _missing(check: Check, basis: str, tolerance: float) -> str:
         return f"Monte Carlo noise still cost about {cost:.2g} nat at step {check.step}, more than the tolerance"
     if basis == "recycled" and not check.effective >= MIN_EFFECTIVE:
         return f"the draws so far were worth {check.effective:.1f} at step {check.step}, fewer than {MIN_EFFECTIVE:.0f}"
+    if check.curvature < MIN_CURVATURE:
+        return (
+            f"in some direction the expected curvature was {check.curvature:.2g} of the precision at step "
+            f"{check.step}: a saddle, or a direction in which nothing holds the posterior"
+        )
     return ""
 
 
@@ -202,9 +218,11 @@ def _cost_of_noise(check: Check, basis: str) -> float:
     return check.error / 2 * (1 if basis == "recycled" else check.rate / (2 - check.rate))
 
 
-def _judge_losses(losses: np.ndarray, rate: float) -> tuple[bool, str]:
-    """By the mean of the last third of the losses against that of the third before."""
-    third = len(losses) // 3
+def _judge_losses(checks: Sequence[Check], losses: np.ndarray, tolerance: float) -> tuple[bool, str]:
+    """By the mean of the last third of the losses against that of the third before, and by what else is known."""
+    third, rate, drift = len(losses) // 3, checks[-1].rate, checks[-1].drift
+    costs = [check.residual / 2 * check.rate / (2 - check.rate) for check in checks[-max(1, len(checks) // 3) :]]
+    cost = float(np.mean(costs))
     if len(losses) < MIN_AVERAGED:
         return False, f"the loss is judged by its average, for which {len(losses)} steps are too few"
     before, error_before = _mean_and_error(losses[-2 * third : -third])
@@ -218,10 +236,31 @@ def _judge_losses(losses: np.ndarray, rate: float) -> tuple[bool, str]:
             f"{described}, at a rate of {rate:.2g}: above {MAX_AVERAGED_RATE} the noise is not averaged out, so "
             "give more steps or a smaller or decreasing learning_rate"
         )
+    if cost >= tolerance:  # it is unknown where there is no Gaussian
+        return False, (
+            f"{described}, but noise still cost about {cost:.2g} nat at a rate of {rate:.2g}, more than the tolerance, "
+            "so give more steps or a smaller or decreasing learning_rate"
+        )
+    if drift > MAX_DRIFT:
+        return False, (
+            f"{described}, but parameters that belong to no site moved on by {drift:.1f} of their spread, so give more "
+            "steps, or `others` with a larger rate"
+        )
     return True, (
-        f"{described}, at a rate of {rate:.2g}. This is no proof: the noise of minibatches, of other optimizers and of "
-        "drawn sites is not in the Monte Carlo error of the natural gradient, and a slow rise hides in it"
+        f"{described}, at a rate of {rate:.2g}. This is no proof: the noise of other optimizers and of drawn sites is "
+        "not in the Monte Carlo error of the natural gradient, and a slow rise hides in that of the loss"
     )
+
+
+def _drift(places: Sequence[np.ndarray]) -> float:
+    """The root mean square, over parameters, of the move between the means of two thirds, over the spread in them."""
+    third = len(places) // 3
+    if third < 2 or not places[0].size:
+        return math.nan
+    before, now = np.stack(places[-2 * third : -third]), np.stack(places[-third:])
+    negligible = NEGLIGIBLE * (1 + abs(now.mean(0)))
+    spread = (before.var(0) + now.var(0)) / 2 + negligible**2
+    return float(np.sqrt(((now.mean(0) - before.mean(0)) ** 2 / spread).mean()))
 
 
 def _mean_and_error(losses: np.ndarray) -> tuple[float, float]:
@@ -310,11 +349,12 @@ def _show(bar: Any, num_steps: int, check: Check) -> None:
 
 
 class _AtEnd(NamedTuple):
-    """What the recycled draws say of the last state: the ELBO, n, ĝ [D], and its deviation by pair [K, D]."""
+    """What the recycled draws say of the last state: the ELBO, n, Ĥ [D, D], ĝ [D], and its deviation by pair [K, D]."""
 
     elbo: float
     elbo_error: float
     effective: float
+    hessian: Tensor
     gradient: Tensor
     deviations: Tensor
 
@@ -327,7 +367,7 @@ def _at_end(opt_state: OptState) -> _AtEnd | None:
     estimate = recycled.moments(gaussian.recycling.pool, blocks, gaussian.loc, scales)
     elbo, elbo_error = recycled.elbo(gaussian.recycling.pool, estimate.weights, blocks, gaussian.loc, scales)
     deviations = estimate.deviations.sum(1)
-    return _AtEnd(float(elbo), float(elbo_error), float(estimate.effective), estimate.gradient, deviations)
+    return _AtEnd(elbo, elbo_error, estimate.effective, estimate.hessian, estimate.gradient, deviations)
 
 
 def _compiled(optimizer: BLR, compile: bool | str) -> str:
@@ -384,19 +424,34 @@ def _basis(optimizer: BLR, opt_state: OptState, minibatch: bool) -> str:
     return "exact" if exact else "averaged"
 
 
-def _check(optimizer: BLR, opt_state: OptState, at_end: _AtEnd | None, losses: np.ndarray, basis: str) -> Check:
+def _check(
+    optimizer: BLR, opt_state: OptState, at_end: _AtEnd | None, losses: np.ndarray, basis: str, drift: float
+) -> Check:
     gaussian, temperature, steps = opt_state.gaussian, optimizer.temperature, len(losses)
     residual, error = (math.nan, math.nan) if gaussian is None else (float(gaussian.residual), float(gaussian.error))
     rate = _rate_of(optimizer, opt_state, steps)
-    if basis == "recycled" and at_end is not None:
+    if basis == "recycled" and at_end is not None and at_end.effective > 2:
         elbo, elbo_error, effective = at_end[:3]
-        num_pairs = effective / 2
-        elbo_error *= math.sqrt(num_pairs / (num_pairs - 1)) if num_pairs > 1 else math.nan
-        return Check(steps, temperature * elbo, temperature * elbo_error, residual, error, rate, effective)
+        elbo_error *= math.sqrt(effective / (effective - 2))  # of n/2 pairs
+        precision: Any = gaussian.precision  # type: ignore[union-attr]
+        curvature = _least_curvature(_numpy(precision.matrix), _numpy(at_end.hessian))
+        return Check(steps, temperature * elbo, temperature * elbo_error, residual, error, rate, effective, curvature)
     if basis == "exact":
         return Check(steps, -float(losses[-1]), 0.0, rate=rate)
     mean, elbo_error = _mean_and_error(losses[-max(2, steps // 3) :])
-    return Check(steps, -mean, elbo_error, residual, error, rate)
+    return Check(steps, -mean, elbo_error, residual, error, rate, drift=drift)
+
+
+def _least_curvature(precision: Any, hessian: np.ndarray) -> float:
+    """The smallest eigenvalue of S⁻¹ Ĥ = L⁻ᵀ L⁻¹ Ĥ."""
+    inverse = np.linalg.inv(np.linalg.cholesky(precision))
+    return float(np.linalg.eigvalsh(inverse @ hessian @ inverse.T)[0])
+
+
+def _place_of_others(opt_state: OptState) -> np.ndarray:
+    """The parameters of other optimizers, or some of them, evenly chosen."""
+    flat = np.concatenate([_numpy(param).ravel() for param in opt_state.layout.others.values()] or [np.zeros(0)])
+    return flat[:: max(1, len(flat) // MAX_FOLLOWED)]
 
 
 def _rate_of(optimizer: BLR, opt_state: OptState, steps: int) -> float:

@@ -120,6 +120,8 @@ def test_two_quiet_checks_are_convergence_and_one_is_not(judge):
         ({"residual": math.nan}, "still gain"),
         ({"error": math.nan}, "noise still cost"),
         ({"elbo": -49.9}, "still rose"),
+        ({"curvature": -1.0}, "a saddle"),
+        ({"curvature": 0.1}, "nothing holds the posterior"),
     ],
 )
 def test_what_is_missing_is_said(judge, change, reason):
@@ -151,7 +153,23 @@ def test_averaged_losses_converge_where_they_do_not_fall_at_a_small_rate(judge, 
     assert "no proof" in judge({"rate": 0.05}, basis="averaged", losses=settled)[1]
     assert not judge({"rate": 0.5}, basis="averaged", losses=settled)[0]
     assert not judge({"rate": 0.05}, basis="averaged", losses=falling)[0]
+    # the noise of minibatches is in r² alone: c r²/2 = 0.05/1.95/2 r²
+    assert judge({"rate": 0.05, "residual": 0.7}, basis="averaged", losses=settled)[0]
+    converged, reason = judge({"rate": 0.05, "residual": 0.9}, basis="averaged", losses=settled)
+    assert not converged and "noise still cost about 0.012 nat" in reason
+    assert judge({"rate": 0.05, "residual": math.nan, "drift": 1.9}, basis="averaged", losses=settled)[0]
+    converged, reason = judge({"rate": 0.05, "drift": 2.1}, basis="averaged", losses=settled)
+    assert not converged and "moved on by 2.1 of their spread" in reason
     assert not judge({"rate": 0.05}, basis="averaged", losses=settled[:20])[0]
+
+
+def test_a_steady_drift_is_told_from_noise(backend, random):
+    drift = backend.module("fitting")._drift
+    steady = np.linspace(0.0, 1.0, 300)[:, None] * np.ones(4)
+    assert_allclose(drift(list(steady)), 12**0.5, rtol=2e-2)
+    assert drift(list(random.normal(size=(300, 4)))) < 1
+    assert drift(list(1e-4 * steady)) < 1, "negligible"
+    assert math.isnan(drift(list(steady[:5]))) and math.isnan(drift(9 * [np.zeros(0)]))
 
 
 def test_checks_come_further_apart_and_never_beyond_the_budget(backend):
@@ -184,7 +202,8 @@ def test_a_fit_stops_by_itself_at_the_optimum(backend, of_poisson):
 
 def test_the_history_has_a_number_for_each_check(backend, of_poisson):
     steps = of_poisson.history["step"]
-    assert of_poisson.history.keys() == {"step", "elbo", "elbo_error", "residual", "error", "rate", "effective"}
+    names = {"step", "elbo", "elbo_error", "residual", "error", "rate", "effective", "curvature", "drift"}
+    assert of_poisson.history.keys() == names
     assert all(len(values) == len(steps) for values in of_poisson.history.values())
     assert steps[-1] == of_poisson.steps == len(of_poisson.losses)
     assert of_poisson.gradient_evaluations > of_poisson.steps

@@ -20,15 +20,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ..families import Block, Precision
 from ..gradients import Draws, Estimate, Objective
+from ..gradients.recycled import scaled
 from . import _rate
 
-__all__ = ["State", "all_finite", "completed", "init", "scales_of", "select", "skipped", "step", "tempered"]
+__all__ = ["State", "all_finite", "beside", "completed", "init", "scales_of", "select", "skipped", "step", "tempered"]
 
 RETREAT = 1 / 64  # of the radius
+BESIDE = 0.01
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +75,12 @@ def init(loc: Array, precision: Precision, recycling: Any = None) -> State:
         error=jnp.full((), jnp.nan, loc.dtype),
         recycling=recycling,
     )
+
+
+def beside(loc: Array, precision: Precision, blocks: tuple[Block, ...]) -> Array:
+    """m + C ε/100: where all is symmetric around m, it is a saddle that antithetic draws would never leave."""
+    noise = BESIDE * np.random.default_rng(0).standard_normal(len(loc))
+    return loc + scaled(blocks, tuple(map(precision.scale, blocks)), jnp.asarray(noise, loc.dtype))
 
 
 def step(

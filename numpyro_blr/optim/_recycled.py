@@ -60,18 +60,20 @@ class Recycling:
         pool: the draws.
         num_pairs: that the next step draws.
         digest: of the model's arguments at the draws.
+        taken: whether the last step took anything.
     """
 
     pool: recycled.Pool
     num_pairs: Array
     digest: Array
+    taken: Array
 
 
 def init(loc: Array, scales: tuple[Any, ...]) -> Recycling:
     """No draws yet, and room for 512, or as many as have four million numbers in their Hessians."""
     num_pairs = min(MAX_PAIRS, max(8, MAX_NUMBERS // (2 * len(loc) ** 2)))
     pool, one = recycled.init(num_pairs, loc, scales), jnp.ones((), jnp.int32)
-    return Recycling(pool=pool, num_pairs=one, digest=jnp.zeros((), jnp.uint32))
+    return Recycling(pool=pool, num_pairs=one, digest=jnp.zeros((), jnp.uint32), taken=jnp.zeros((), bool))
 
 
 class _Search(NamedTuple):
@@ -152,7 +154,7 @@ def step(
         gradient or a Hessian is not finite at a fresh draw, the step is `skipped`.
     """
     changed = digest != state.recycling.digest
-    recycling = Recycling(recycled.emptied(state.recycling.pool, changed), state.recycling.num_pairs, digest)
+    recycling = replace(state.recycling, pool=recycled.emptied(state.recycling.pool, changed), digest=digest)
     state = replace(state, recycling=recycling)
     max_pairs, dtype = len(noise), state.loc.dtype
     num_drawn, pool, losses, usable = _fresh(state, objective, blocks, noise, temperature, forward)
@@ -164,9 +166,9 @@ def step(
 
     def first_rate_of(start: _Place) -> Array:
         cap = _cap(noisy_steps_of(start), start.moments.effective, recycling.num_pairs)
-        return jnp.where(
-            start.far, state.rate.rate, jnp.where(state.radius < 1, cap, jnp.minimum(state.rate.rate, cap))
-        )
+        # down log L, or at draws closer to m than q's, a step that was taken says nothing of the next one's rate
+        anew = (state.radius < 1) & recycling.taken
+        return jnp.where(start.far, state.rate.rate, jnp.where(anew, cap, jnp.minimum(state.rate.rate, cap)))
 
     def attempt(search: _Search) -> _Search:
         """One turn; the first has a rate of zero, and so looks at the start: the estimate is compiled but once."""
@@ -240,7 +242,9 @@ def step(
     rates = state.rate.after(rate, end.rate, noisy_steps_of(start), start.moments.gradient, end.taken)
     radius = jnp.where(far, jnp.maximum(NARROWER * state.radius, NARROWEST), jnp.minimum(1, 2 * state.radius))
     evaluations = num_draws * (len(state.loc) + 1 + num_losses.astype(dtype))
-    tried = replace(state, recycling=Recycling(pool, num_pairs, digest), evaluations=state.evaluations + evaluations)
+    taken = jnp.where(usable, end.taken, recycling.taken)
+    recycling = Recycling(pool, num_pairs, digest, taken)
+    tried = replace(state, recycling=recycling, evaluations=state.evaluations + evaluations)
     after = replace(  # where nothing was taken, `end.here` is the start
         tried,
         loc=end.here.loc,

@@ -31,7 +31,7 @@ from ..families import (
 from ..gradients import Draws, Estimate, Extras, hessian, hutchinson, reparameterized
 from . import _options, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
-from ._gaussian import State, all_finite, init, scales_of, select, step, tempered
+from ._gaussian import State, all_finite, beside, init, scales_of, select, step, tempered
 from ._layout import Layout, gather, gather_members, joined, recognise, scatter, scatter_members
 from ._noise import digest_of
 
@@ -166,7 +166,8 @@ class BLR(numpyro.optim._NumPyroOptim):
         def start(params: dict[str, Any]) -> State:
             loc, scales = gather(layout, params)
             precision = family.from_scales(layout.blocks, scales, UNLEARNED_SCALE, like=loc)
-            return init(loc, precision, _recycled.init(loc, scales) if recycles else None)
+            start = loc if self.learning_rate is not None else beside(loc, precision, layout.blocks)
+            return init(start, precision, _recycled.init(loc, scales) if recycles else None)
 
         return start(dict(params))
 

@@ -19,16 +19,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..families import Block, DensePrecision, Precision
 from ..gradients import Draws, Estimate, Objective, losses_of
+from ..gradients.recycled import scaled
 from . import _rate
 
 __all__ = [
     "State",
     "all_finite",
+    "beside",
     "completed",
     "field_of",
     "init",
@@ -40,6 +43,7 @@ __all__ = [
 ]
 
 RETREAT = 1 / 64  # of the radius
+BESIDE = 0.01
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,12 @@ def init(loc: Tensor, precision: Precision, recycling: Any = None) -> State:
         error=math.nan,
         recycling=recycling,
     )
+
+
+def beside(loc: Tensor, precision: Precision, blocks: tuple[Block, ...]) -> Tensor:
+    """m + C ε/100: where all is symmetric around m, it is a saddle that antithetic draws would never leave."""
+    noise = BESIDE * np.random.default_rng(0).standard_normal(len(loc))
+    return loc + scaled(blocks, tuple(map(precision.scale, blocks)), torch.as_tensor(noise).to(loc))
 
 
 def step(

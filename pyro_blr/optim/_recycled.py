@@ -59,17 +59,19 @@ class Recycling:
         pool: the draws.
         num_pairs: that the next step draws.
         digest: of the model's arguments at the draws.
+        taken: whether the last step took anything.
     """
 
     pool: recycled.Pool
     num_pairs: int
     digest: int
+    taken: bool
 
 
 def init(loc: Tensor, scales: tuple[Any, ...]) -> Recycling:
     """No draws yet, and room for 512, or as many as have four million numbers in their Hessians."""
     num_pairs = min(MAX_PAIRS, max(8, MAX_NUMBERS // (2 * len(loc) ** 2)))
-    return Recycling(pool=recycled.init(num_pairs, loc, scales), num_pairs=1, digest=0)
+    return Recycling(pool=recycled.init(num_pairs, loc, scales), num_pairs=1, digest=0, taken=False)
 
 
 class _Place(NamedTuple):
@@ -144,7 +146,7 @@ def step(
         gradient or a Hessian is not finite at a fresh draw, the step is `skipped`.
     """
     changed = digest != state.recycling.digest
-    recycling = Recycling(recycled.emptied(state.recycling.pool, changed), state.recycling.num_pairs, digest)
+    recycling = replace(state.recycling, pool=recycled.emptied(state.recycling.pool, changed), digest=digest)
     state = replace(state, recycling=recycling)
     pairs = torch.stack([noise, -noise], 1)[: recycling.num_pairs]
     draws = Draws.at(pairs.flatten(0, 1))  # one object for all that is asked of them, whose noise is made once
@@ -167,7 +169,8 @@ def step(
     first_rate = state.rate.rate
     if not far:
         cap = _cap(noisy_steps, start.moments.effective, recycling.num_pairs)
-        first_rate = cap if state.radius < 1 else min(first_rate, cap)
+        # down log L, or at draws closer to m than q's, a step that was taken says nothing of the next one's rate
+        first_rate = cap if state.radius < 1 and recycling.taken else min(first_rate, cap)
 
     def losses_around(loc: Tensor, scales: tuple[Any, ...]) -> Tensor:
         return losses_at(objective, loc, scales, None, draws).reshape(-1, 2)
@@ -217,7 +220,7 @@ def step(
     rate = _rate.next_rate(end.rate, first_rate, end.taken, tries, math.inf if far else 1.0)
     kept = replace(
         state,
-        recycling=Recycling(pool, num_pairs, digest),
+        recycling=Recycling(pool, num_pairs, digest, end.taken),
         evaluations=state.evaluations + 2 * recycling.num_pairs * (len(state.loc) + 1 + end.proposals + far),
         residual=start.residual,
         error=start.error,

@@ -31,7 +31,7 @@ from ..families import (
 from ..gradients import Draws, Estimate, Extras, Objective, each_draw, hessian, hutchinson, recycled, reparameterized
 from . import _options, _rate, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
-from ._gaussian import State, all_finite, field_of, init, scales_of, step, tempered
+from ._gaussian import State, all_finite, beside, field_of, init, scales_of, step, tempered
 from ._layout import Layout, gather, gather_members, joined, recognise, scatter, scatter_members
 from ._traced import Traced, Tracer
 
@@ -170,7 +170,8 @@ class BLR(pyro.optim.PyroOptim):
         recycles = (
             family is DensePrecision and self.learning_rate is None and _svi.recyclable(svi, args, kwargs, layout)
         )
-        return init(loc, precision, _recycled.init(loc, scales) if recycles else None)
+        start = loc if self.learning_rate is not None else beside(loc, precision, layout.blocks)
+        return init(start, precision, _recycled.init(loc, scales) if recycles else None)
 
     def _roles(self, svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> tuple[Layout, tuple[_sweep.Role, ...]]:
         """How each member takes part; Normal members that no conjugacy holds for join the Gaussian of the sites."""
@@ -462,12 +463,14 @@ def described(layout: Layout) -> list[tuple[str, str, tuple[int, ...]]]:
     ]
 
 
+KEPT = [item.name for item in fields(_recycled.Recycling) if item.name != "pool"]
+
+
 def recycling_state(gaussian: State | None) -> dict[str, Any] | None:
     """The draws that are kept, as tensors and numbers by name."""
     if gaussian is None or gaussian.recycling is None:
         return None
-    recycling = gaussian.recycling
-    return {**vars(recycling.pool), "num_pairs": recycling.num_pairs, "digest": recycling.digest}
+    return {**vars(gaussian.recycling.pool), **{name: getattr(gaussian.recycling, name) for name in KEPT}}
 
 
 def resumed_recycling(fresh: _recycled.Recycling | None, loaded: dict[str, Any] | None) -> _recycled.Recycling | None:
@@ -475,4 +478,4 @@ def resumed_recycling(fresh: _recycled.Recycling | None, loaded: dict[str, Any] 
     if fresh is None or loaded is None:
         return fresh
     pool = recycled.Pool(**{item.name: loaded[item.name] for item in fields(recycled.Pool)})
-    return _recycled.Recycling(pool=pool, num_pairs=loaded["num_pairs"], digest=loaded["digest"])
+    return _recycled.Recycling(pool=pool, **{name: loaded[name] for name in KEPT})
