@@ -303,9 +303,9 @@ class NumPyroBridge(Bridge):
         drawn = self.numpyro.primitives.mutable("drawn", self.jax.tree.map(self.xp.zeros_like, values))
         drawn.update(values)
 
-    def ivon_init(self, loc: dict[str, np.ndarray], settings: Any) -> Any:
+    def ivon_init(self, loc: dict[str, np.ndarray], priors: dict, settings: Any) -> Any:
         """The rule's state at m = `loc`."""
-        return self.ivon.init({name: self.array(value) for name, value in loc.items()}, settings)
+        return self.ivon.init({name: self.array(value) for name, value in loc.items()}, priors, settings)
 
     def ivon_step(self, state: Any, gradient: dict, estimate: Any, priors: dict, rate: float, settings: Any) -> Any:
         """A step of the rule from ĝ and ĥ, or None, compiled by itself."""
@@ -608,11 +608,12 @@ class PyroBridge(Bridge):
         """Called in a model: what `drawn` of a fit is to return."""
         self.recorded = {name: self.to_numpy(value).copy() for name, value in values.items()}
 
-    def ivon_init(self, loc: dict[str, np.ndarray], settings: Any) -> Any:
+    def ivon_init(self, loc: dict[str, np.ndarray], priors: dict, settings: Any) -> Any:
         """The rule's state at m = `loc`."""
         start = {name: self.array(value) for name, value in loc.items()}
         hessian = {name: self.torch.empty_like(value) for name, value in start.items()}
-        return self.ivon.init(start, hessian, {name: ((1, value.shape),) for name, value in start.items()}, settings)
+        shapes = {name: ((1, value.shape),) for name, value in start.items()}
+        return self.ivon.init(start, hessian, priors, shapes, settings)
 
     def ivon_step(self, state: Any, gradient: dict, estimate: Any, priors: dict, rate: float, settings: Any) -> Any:
         """A step of the rule from ĝ and ĥ, or None, which writes in place."""

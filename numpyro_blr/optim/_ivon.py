@@ -31,7 +31,7 @@ since an output is a sum over 1/s₀² inputs whose weights all move at once, an
 
 `"posterior"` is the published recursion, in which the two coincide:
 
-    direction = (h₀ + δ) clip((ḡ/(1 − β₁ᵗ) + δ (m − m₀)) / (h + δ), ±c)                        h₀ = `hess_init`
+    direction = (h₀ + δ) clip((ḡ/(1 − β₁ᵗ) + δ (m − m₀)) / (h + δ), ±c)                        h₀ of `start_of`
 
 Source: Shen et al. 2024, "Variational Learning is Effective for Large Deep Networks" (ICML), Algorithm 1; Shazeer &
 Stern 2018, "Adafactor", section 3 (rows and columns); Dozat 2016 (Nesterov momentum for Adam); Yang et al. 2022,
@@ -62,11 +62,13 @@ __all__ = [
     "kl_divergence",
     "precision_of",
     "scale_of",
+    "start_of",
     "step",
     "surrogate",
 ]
 
 Weights = dict[str, Array]  # by site
+HESS_INIT, NARROW = 0.1, 8.0  # h₀, and s₀/σ₀ at least
 START = 100  # steps in which h, over a part, is the plain mean of all ĥ
 WIDE = 128  # n, the inputs from which on a matrix has a unit in proportion to s₀²
 TINY = 1e-8  # as Adam's ε, what the root of the second moment of a gradient of the averaged loss is not below
@@ -93,7 +95,7 @@ class Settings:
         preconditioner: `"factored"` or `"posterior"`.
         paired: whether two steps are at an antithetic pair of draws.
         beta1, beta2, beta3: memory of ḡ, h and v.
-        hess_init: h₀.
+        hess_init: h₀, or None (`start_of`).
         clip_radius: c.
     """
 
@@ -103,7 +105,7 @@ class Settings:
     beta1: float
     beta2: float
     beta3: float
-    hess_init: float
+    hess_init: float | None
     clip_radius: float
 
 
@@ -130,14 +132,25 @@ class State:
     skipped: Array
 
 
-def init(loc: Mapping[str, Array], settings: Settings) -> State:
+def start_of(prior: Prior, settings: Settings) -> Array | float:
+    """h₀: as it is given, or 0.1, and at least 63 δ for `"factored"`, by which σ is an eighth of s₀ at most."""
+    if settings.hess_init is not None:
+        return settings.hess_init
+    return (
+        HESS_INIT
+        if settings.preconditioner == "posterior"
+        else jnp.maximum(HESS_INIT, (NARROW**2 - 1) * prior.precision)
+    )
+
+
+def init(loc: Mapping[str, Array], priors: Mapping[str, Prior], settings: Settings) -> State:
     """The state at m = `loc` and h = h₀."""
     published = settings.preconditioner == "posterior"
     return State(
         count=jnp.zeros((), jnp.int32),
         loc={name: jnp.array(value) for name, value in loc.items()},
         momentum={name: jnp.zeros_like(value) for name, value in loc.items()},
-        hessian={name: jnp.full_like(value, settings.hess_init) for name, value in loc.items()},
+        hessian={name: jnp.full_like(value, start_of(priors[name], settings)) for name, value in loc.items()},
         second_moment=({} if published else {name: means(jnp.zeros_like(value)) for name, value in loc.items()}),
         skipped=jnp.zeros((), jnp.int32),
     )
@@ -202,7 +215,8 @@ def averaged_hessian(hessian: Array, estimate: Array, prior: Prior, settings: Se
     def shift() -> Array:
         mean = hessian.mean()
         number = -(-count // steps)
-        return jnp.maximum((estimate.mean() - mean) / number.astype(mean.dtype), settings.hess_init - mean)
+        least = jnp.mean(jnp.asarray(start_of(prior, settings), mean.dtype)) - mean
+        return jnp.maximum((estimate.mean() - mean) / number.astype(mean.dtype), least)
 
     straight += jax.lax.cond(count <= START, shift, lambda: jnp.zeros((), hessian.dtype))
     return jnp.maximum(straight, 0.5 * (hessian - prior.precision))
@@ -237,7 +251,7 @@ def step(
         momentum[name] = average(g_average, g, settings.beta1)
         if settings.preconditioner == "posterior":
             ascent = momentum[name] / debias(settings.beta1, count, dtype) + pull
-            unit, root = settings.hess_init + prior.precision, hessian[name] + prior.precision
+            unit, root = start_of(prior, settings) + prior.precision, hessian[name] + prior.precision
         else:
             moments = tuple(
                 average(old, new, settings.beta3)

@@ -83,7 +83,8 @@ class IVON(_NumPyroOptim):
         beta1: memory of the gradient's average.
         beta2: memory of the curvature's average; None is 0.9999 for `"factored"`, 0.99999 for `"posterior"`.
         beta3: memory of the averaged squares, for `"factored"`.
-        hess_init: h₀ > 0, the curvature of the averaged loss at the start: σ₀ = 1/√(N (h₀ + δ)).
+        hess_init: h₀ > 0, the curvature of the averaged loss at the start: σ₀ = 1/√(N (h₀ + δ)). None: 0.1, and for
+            `"factored"` so much that σ₀ is at most an eighth of the prior's; wider draws hide few data.
         clip_radius: c, the longest element of the preconditioned gradient that a step takes.
         temperature: τ > 0 of E_q[ℓ] − τ H(q), or a function of the step. 1 is Bayes.
         accumulation_steps: updates whose gradients, each at a draw of its own, are averaged into one step.
@@ -111,7 +112,7 @@ class IVON(_NumPyroOptim):
         beta1: float = 0.9,
         beta2: float | None = None,
         beta3: float = 0.99,
-        hess_init: float = 0.1,
+        hess_init: float | None = None,
         clip_radius: float = float("inf"),
         temperature: float | Callable[[Array], Array] = 1.0,
         accumulation_steps: int = 1,
@@ -124,7 +125,7 @@ class IVON(_NumPyroOptim):
         self.beta1 = _options.checked_memory("beta1", beta1)
         self.beta2 = _options.checked_memory("beta2", MEMORIES[preconditioner] if beta2 is None else beta2)
         self.beta3 = _options.checked_memory("beta3", beta3)
-        self.hess_init = _options.checked_positive("hess_init", hess_init)
+        self.hess_init = None if hess_init is None else _options.checked_positive("hess_init", hess_init)
         self.clip_radius = _options.checked_positive("clip_radius", clip_radius, finite=False)
         self.temperature = _options.checked_schedule("temperature", temperature, may_be_zero=False)
         self.accumulation_steps = _options.checked_count("accumulation_steps", accumulation_steps)
@@ -150,7 +151,7 @@ class IVON(_NumPyroOptim):
             hess_init=self.hess_init,
             clip_radius=self.clip_radius,
         )
-        weights = _ivon.init({site.name: params[site.loc] for site in layout.sites}, settings)
+        weights = _ivon.init({site.name: params[site.loc] for site in layout.sites}, priors, settings)
         own = {name: params[name] for name in layout.others}
         state = IVONState(
             weights=weights,

@@ -31,7 +31,7 @@ since an output is a sum over 1/s₀² inputs whose weights all move at once, an
 
 `"posterior"` is the published recursion, in which the two coincide:
 
-    direction = (h₀ + δ) clip((ḡ/(1 − β₁ᵗ) + δ (m − m₀)) / (h + δ), ±c)                        h₀ = `hess_init`
+    direction = (h₀ + δ) clip((ḡ/(1 − β₁ᵗ) + δ (m − m₀)) / (h + δ), ±c)                        h₀ of `start_of`
 
 Source: Shen et al. 2024, "Variational Learning is Effective for Large Deep Networks" (ICML), Algorithm 1; Shazeer &
 Stern 2018, "Adafactor", section 3 (rows and columns); Dozat 2016 (Nesterov momentum for Adam); Yang et al. 2022,
@@ -61,11 +61,13 @@ __all__ = [
     "precision_of",
     "residual",
     "scale_of",
+    "start_of",
     "step",
 ]
 
 Weights = dict[str, Tensor]  # by name of the part
 Shapes = tuple[tuple[int, torch.Size], ...]  # (k, shape): k tensors of this shape, one after another
+HESS_INIT, NARROW = 0.1, 8.0  # h₀, and s₀/σ₀ at least
 START = 100  # steps in which h, over a part, is the plain mean of all ĥ
 WIDE = 128  # n, the inputs from which on a matrix has a unit in proportion to s₀²
 TINY = 1e-8  # as Adam's ε, what the root of the second moment of a gradient of the averaged loss is not below
@@ -97,7 +99,7 @@ class Settings:
         preconditioner: `"factored"` or `"posterior"`.
         paired: whether two steps are at an antithetic pair of draws.
         beta1, beta2, beta3: memory of ḡ, h and v.
-        hess_init: h₀.
+        hess_init: h₀, or None (`start_of`).
         clip_radius: c.
     """
 
@@ -107,7 +109,7 @@ class Settings:
     beta1: float
     beta2: float
     beta3: float
-    hess_init: float
+    hess_init: float | None
     clip_radius: float
 
 
@@ -137,13 +139,27 @@ class State:
     skipped: int
 
 
+def start_of(prior: Prior, settings: Settings) -> Tensor | float:
+    """h₀: as it is given, or 0.1, and at least 63 δ for `"factored"`, by which σ is an eighth of s₀ at most."""
+    if settings.hess_init is not None:
+        return settings.hess_init
+    if settings.preconditioner == "posterior":
+        return HESS_INIT
+    narrow = (NARROW**2 - 1) * prior.precision
+    return narrow.clamp(min=HESS_INIT) if isinstance(narrow, Tensor) else max(HESS_INIT, narrow)
+
+
 def init(
-    loc: Mapping[str, Tensor], hessian: Mapping[str, Tensor], shapes: Mapping[str, Shapes], settings: Settings
+    loc: Mapping[str, Tensor],
+    hessian: Mapping[str, Tensor],
+    priors: Mapping[str, Prior],
+    shapes: Mapping[str, Shapes],
+    settings: Settings,
 ) -> State:
     """The state at m = `loc` and h = h₀; both are kept as they are given, and written from now on."""
     published = settings.preconditioner == "posterior"
-    for value in hessian.values():
-        value.fill_(settings.hess_init)
+    for name, value in hessian.items():
+        value.copy_(as_tensor(start_of(priors[name], settings), value))
     return State(
         count=0,
         shapes=dict(shapes),
@@ -213,8 +229,8 @@ def averaged_hessian(hessian: Tensor, estimate: Tensor, prior: Prior, settings: 
     least = torch.lerp(as_tensor(-prior.precision, hessian), hessian, 0.5)
     shift = None
     if count <= START:
-        mean = hessian.mean()
-        shift = torch.maximum((estimate.mean() - mean) / -(-count // steps), settings.hess_init - mean)
+        mean, start = hessian.mean(), as_tensor(start_of(prior, settings), hessian).mean()
+        shift = torch.maximum((estimate.mean() - mean) / -(-count // steps), start - mean)
     straight = hessian.lerp_(estimate, forgotten)
     if shift is not None:
         straight += shift
@@ -241,7 +257,7 @@ def step(
             averaged_hessian(hessian, estimate, prior, settings, count)
         if settings.preconditioner == "posterior":
             ascent = pull.add_(momentum, alpha=1 / debias(settings.beta1, count)).div_(hessian + prior.precision)
-            unit = settings.hess_init + prior.precision
+            unit = start_of(prior, settings) + prior.precision
         else:
             squares = torch.add(gradient, pull, out=estimate).square_()  # a new tensor where there is no ĥ
             ascent = pull.add_(momentum, alpha=settings.beta1 / debias(settings.beta1, count + 1))

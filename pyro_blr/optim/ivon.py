@@ -95,7 +95,8 @@ class IVON(pyro.optim.PyroOptim):
         beta1: memory of the gradient's average.
         beta2: memory of the curvature's average; None is 0.9999 for `"factored"`, 0.99999 for `"posterior"`.
         beta3: memory of the averaged squares, for `"factored"`.
-        hess_init: h₀ > 0, the curvature of the averaged loss at the start: σ₀ = 1/√(N (h₀ + δ)).
+        hess_init: h₀ > 0, the curvature of the averaged loss at the start: σ₀ = 1/√(N (h₀ + δ)). None: 0.1, and for
+            `"factored"` so much that σ₀ is at most an eighth of the prior's; wider draws hide few data.
         clip_radius: c, the longest element of the preconditioned gradient that a step takes.
         temperature: τ > 0 of E_q[ℓ] − τ H(q), or a function of the step. 1 is Bayes.
         accumulation_steps: updates whose gradients, each at a draw of its own, are averaged into one step.
@@ -126,7 +127,7 @@ class IVON(pyro.optim.PyroOptim):
         beta1: float = 0.9,
         beta2: float | None = None,
         beta3: float = 0.99,
-        hess_init: float = 0.1,
+        hess_init: float | None = None,
         clip_radius: float = float("inf"),
         temperature: float | Callable[[int], float] = 1.0,
         accumulation_steps: int = 1,
@@ -139,7 +140,7 @@ class IVON(pyro.optim.PyroOptim):
         self.beta1 = _options.checked_memory("beta1", beta1)
         self.beta2 = _options.checked_memory("beta2", MEMORIES[preconditioner] if beta2 is None else beta2)
         self.beta3 = _options.checked_memory("beta3", beta3)
-        self.hess_init = _options.checked_positive("hess_init", hess_init)
+        self.hess_init = None if hess_init is None else _options.checked_positive("hess_init", hess_init)
         self.clip_radius = _options.checked_positive("clip_radius", clip_radius, finite=False)
         self.temperature = _options.checked_schedule("temperature", temperature, may_be_zero=False)
         self.accumulation_steps = _options.checked_count("accumulation_steps", accumulation_steps)
@@ -186,7 +187,7 @@ class IVON(pyro.optim.PyroOptim):
                     loc[name], hessian[name] = target.guide.loc.detach()[part], target.guide.hessian[part]
                     alike = groupby(tensor.shape for tensor in tensors)
                     shapes[name] = tuple((len(list(group)), shape) for shape, group in alike)
-        weights = _ivon.init(loc, hessian, shapes, settings)
+        weights = _ivon.init(loc, hessian, priors, shapes, settings)
         accumulates = self.accumulation_steps > 1
         state = IVONState(
             weights=weights,

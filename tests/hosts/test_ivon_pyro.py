@@ -95,7 +95,7 @@ class Fit:
             self.guide = AutoWeights(self.model, self.net)
         else:
             self.guide = AutoNormal(self.model, init_loc_fn=init_to_value(values={"weights": self.net.weights}))
-        self.svi = SVI(self.model, self.guide, IVON(**options), loss or Trace_ELBO())
+        self.svi = SVI(self.model, self.guide, IVON(**{"hess_init": 0.1, **options}), loss or Trace_ELBO())
 
     def model(self):
         x, y = Data.x[self.rows], Data.y[self.rows]

@@ -58,7 +58,7 @@ def run_rule(bridge, preconditioner: str, random, paired: bool = False):
     settings = bridge.ivon.Settings(preconditioner=preconditioner, **{**OPTIONS, "paired": paired})
     priors = {name: bridge.ivon.Prior(*map(bridge.array, pair)) for name, pair in priors_of(random).items()}
     priors["scalar"] = bridge.ivon_unknown_prior()
-    state = bridge.ivon_init(loc, settings)
+    state = bridge.ivon_init(loc, priors, settings)
     for count, (gradient, estimate) in enumerate(zip(gradients, estimates, strict=True)):
         found = None if paired and count % 2 == 0 else estimate
         state = bridge.ivon_step(state, gradient, found, priors, 0.3 / (1 + count), settings)
@@ -96,7 +96,7 @@ def test_weights_without_a_gradient_stay_where_they_are(backend):
     gradient["some"][1] = gradient["some"][:, 2] = 0.0
     settings = backend.ivon.Settings(preconditioner="factored", **OPTIONS)
     priors = {name: backend.ivon.Prior(backend.array(0.0), backend.array(0.05)) for name in gradient}
-    state = backend.ivon_init({name: np.zeros_like(value) for name, value in gradient.items()}, settings)
+    state = backend.ivon_init({name: np.zeros_like(value) for name, value in gradient.items()}, priors, settings)
     for _ in range(3):
         estimate = {name: np.full_like(value, 0.2) for name, value in gradient.items()}
         state = backend.ivon_step(state, gradient, estimate, priors, 0.1, settings)
@@ -105,6 +105,21 @@ def test_weights_without_a_gradient_stay_where_they_are(backend):
         assert np.isfinite(loc).all()
         assert_array_equal(loc < 0, value > 0)
         assert_array_equal(loc[value == 0], 0.0)
+
+
+def test_the_draws_begin_much_narrower_than_the_prior(backend):
+    """h₀ = 63 δ where that is more than 0.1: σ₀ = s₀/8, elementwise; of an unknown prior 0.1; or as it is given."""
+    make, prior = backend.ivon.Settings, backend.ivon.Prior(backend.array(0.0), backend.array([0.001, 0.1]))
+    options = {**OPTIONS, "hess_init": None}
+    loc, priors = {"w": np.zeros(2), "v": np.zeros(3)}, {"w": prior, "v": backend.ivon_unknown_prior()}
+    for settings, w, v in (
+        (make(preconditioner="factored", **options), [0.1, 6.3], 0.1),
+        (make(preconditioner="posterior", **options), 0.1, 0.1),
+        (make(preconditioner="factored", **{**options, "hess_init": 0.05}), 0.05, 0.05),
+    ):
+        state = backend.ivon_init(loc, priors, settings)
+        assert_allclose(backend.to_numpy(state.hessian["w"]), np.broadcast_to(w, 2), rtol=1e-12)
+        assert_allclose(backend.to_numpy(state.hessian["v"]), np.broadcast_to(v, 3), rtol=1e-12)
 
 
 @preconditioners
