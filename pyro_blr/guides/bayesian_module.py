@@ -56,7 +56,8 @@ class BayesianModule(torch.nn.Module):
     the meta device), so that nothing holds them twice.
 
     Args:
-        module: any `torch.nn.Module`. Its buffers stay as they are; parameters that it uses twice are one.
+        module: any `torch.nn.Module`. Its buffers stay as they are, and parameters that are frozen
+            (`requires_grad=False`); parameters that it uses twice are one.
         prior_scale: s₀. None: 1/√fan-in (the product of all axes but the first) for two axes and more, 0.3 for fewer. A
             number, for all; or a function of (name, parameter).
         name: of the sample site.
@@ -67,7 +68,7 @@ class BayesianModule(torch.nn.Module):
         parts: where each parameter of the module lies in it, and its prior.
 
     Raises:
-        TypeError: for a module without parameters, or with several dtypes.
+        TypeError: for a module without parameters that are trained, or with several dtypes.
         ValueError: for a prior_scale that is not positive; in a model, for a call within a plate.
 
     Example:
@@ -89,12 +90,12 @@ class BayesianModule(torch.nn.Module):
         name: str = "weights",
     ) -> None:
         super().__init__()
-        named = dict(module.named_parameters())
+        named = {key: param for key, param in module.named_parameters() if param.requires_grad}
         dtypes = {param.dtype for param in named.values()}
         if len(dtypes) != 1:
             raise TypeError(
-                f"BayesianModule expected a module with parameters of one dtype; {type(module).__name__} has "
-                f"{', '.join(sorted(map(str, dtypes))) or 'no parameters'}. Convert it, for example by module.float()."
+                f"BayesianModule expected a module with trained parameters of one dtype; {type(module).__name__} has "
+                f"{', '.join(sorted(map(str, dtypes))) or 'none'}. Convert it, for example by module.float()."
             )
         self.name = name
         self.parts: list[Part] = []
@@ -279,6 +280,16 @@ class AutoWeights(AutoGuide):
         for part in self.net.parts:
             torch.add(part.of(self.hessian), 1 / (num_data * part.scale**2), out=part.of(precision))
         return precision.mul_(num_data / float(self.temperature)).rsqrt_()
+
+    def tie(self) -> None:
+        """Makes the mean the network's `weights` again, which `to` and `double` of the two of them part."""
+        weights = self.net.weights
+        if (weights.dtype, weights.device) != (self.loc.dtype, self.loc.device):
+            raise TypeError(
+                f"AutoWeights has a mean of {self.loc.dtype} on {self.loc.device}, and its network weights of "
+                f"{weights.dtype} on {weights.device}. Convert both, net.to(...) and guide.to(...)."
+            )
+        self.net.weights = self.loc.detach()
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The mean of the weights, by the name of their site."""

@@ -63,6 +63,8 @@ class WeightsGuide(Protocol):
         hessian: h.
         num_data: N.
         temperature: τ.
+
+    `tie` makes m the network's weights again, where a conversion has parted them.
     """
 
     moved_in_place: bool
@@ -71,6 +73,8 @@ class WeightsGuide(Protocol):
     hessian: Tensor
     num_data: Tensor
     temperature: Tensor
+
+    def tie(self) -> None: ...
 
 
 PART_SIZE = 2**18  # elements of a part of several tensors, at most
@@ -97,9 +101,21 @@ def find_layout(
     svi: SVI, loss: Any, args: tuple, kwargs: dict, params: list[Tensor]
 ) -> tuple[Layout, list[WeightsGuide]]:
     """The Gaussian sites of stock guides, and the guides of whole networks, that `svi.guide` consists of."""
-    modules = svi.guide.modules() if isinstance(svi.guide, torch.nn.Module) else ()
-    guides: list[Any] = [module for module in modules if getattr(module, "moved_in_place", False)]
+    if isinstance(svi.guide, torch.nn.Module):
+        found: list[Any] = list(svi.guide.modules())
+    else:  # the draw of a network's guide says whose it is
+        with pyro.poutine.block(), undisturbed(0), torch.no_grad():
+            nodes = pyro.poutine.trace(svi.guide).get_trace(*args, **kwargs).nodes
+        found = [getattr(site["fn"], "guide", None) for site in nodes.values() if site["type"] == "sample"]
+    guides: list[Any] = [guide for guide in found if getattr(guide, "moved_in_place", False)]
+    for guide in guides:
+        guide.tie()
     own = {id(guide.loc) for guide in guides}
+    if not own <= {id(param) for param in params}:
+        raise ValueError(
+            "the parameter store has the mean of another AutoWeights under this one's name, and training would move "
+            "that one. Call pyro.clear_param_store() before, or keep each fit in a `pyro.get_param_store().scope()`."
+        )
     rest = [param for param in params if id(param) not in own]
     if guides and not rest:
         return Layout(sites=(), members=(), tensors={}, constraints={}, others={}), guides
@@ -242,6 +258,7 @@ class Drawn(NamedTuple):
     def take_gradient(self) -> Tensor:
         """∇ of the loss with respect to w, once: zero for a weight that took no part in it."""
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
+        gradients = [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
         for leaf in self.leaves:
             leaf.grad = None
         if len(gradients) == 1:
@@ -359,11 +376,18 @@ class Silence(Messenger):
 class Program:
     """The model and the guide of one SVI while it steps: the guide's draws are the rule's, the known priors are silent.
 
-    Outside `SVI.step` both are what they were.
+    Outside `SVI.step`, and in that of another optimizer, both are what they were.
+
+    Args:
+        optimizer: whose program it is.
+        next_perturb: what draws the weights of the next step; None where the optimizer is to begin anew.
     """
 
-    def __init__(self, svi: SVI, targets: tuple[Target, ...], next_perturb: Callable[[], Perturb]) -> None:
-        self.model, self.guide, self.next_perturb = svi.model, svi.guide, next_perturb
+    def __init__(
+        self, svi: SVI, optimizer: Any, targets: tuple[Target, ...], next_perturb: Callable[[], Perturb | None]
+    ) -> None:
+        self.model, self.guide = original(svi.model), original(svi.guide)
+        self.optimizer, self.next_perturb = optimizer, next_perturb
         self.silence = Silence(frozenset(target.latent for target in targets if target.latent is not None))
         self.perturb: Perturb | None = None
         self.frame: FrameType | None = None
@@ -372,16 +396,13 @@ class Program:
     def handler(self, role: str) -> Messenger | None:
         """What the model or the guide is to be run under, if `SVI.step` is asking."""
         frame = frame_of(SVI.step)
-        if frame is None:
+        if frame is None or frame.f_locals["self"].optim is not self.optimizer:
             return None
         if frame is not self.frame:  # another step than that of the draws so far, which an exception may have left here
             self.frame, self.perturb = frame, self.next_perturb()
+        if self.perturb is None:
+            return None
         return self.silence if role == "model" else self.perturb
-
-    def release(self, svi: SVI) -> None:
-        """The model and the guide as they were."""
-        if isinstance(svi.guide, Handled) and svi.guide._program is self:
-            svi.model, svi.guide = self.model, self.guide
 
     def take(self) -> Perturb:
         """What drew the weights of the step that is being taken, which begins anew."""
@@ -396,7 +417,7 @@ class Handled:
 
     def __init__(self, program: Program, role: str) -> None:
         self._program, self._role = program, role
-        self.__wrapped__ = getattr(program, role)
+        self.__wrapped__: Any = getattr(program, role)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         handler = self._program.handler(self._role)
@@ -406,7 +427,14 @@ class Handled:
             return self.__wrapped__(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # which a copy asks of an object that has nothing yet
+            raise AttributeError(name)
         return getattr(self.__wrapped__, name)
+
+
+def original(part: Any) -> Any:
+    """A model or guide without the handlers of a program."""
+    return part.__wrapped__ if isinstance(part, Handled) else part
 
 
 def statistics(perturb: Perturb, gradients: list[Weights]) -> Iterator[tuple[str, Tensor, Tensor | None]]:

@@ -220,17 +220,22 @@ class IVON(pyro.optim.PyroOptim):
 
     def _begin(self, svi: SVI, args: tuple, kwargs: dict, params: list[Tensor]) -> None:
         """The state, and the first step's gradients once more, at draws of the rule."""
-        if self._program is not None:
-            self._program.release(svi)
+        handled = svi.model, svi.guide  # by another program, of this optimizer or of one before
+        svi.model, svi.guide = map(_weights.original, handled)
         for param in params:
             param.grad = None
-        self.state = self.init(svi, args, kwargs, params)
-        self._program = _weights.Program(svi, self.state.targets, self._perturb)
+        try:
+            self.state = self.init(svi, args, kwargs, params)
+        except BaseException:
+            svi.model, svi.guide = handled
+            raise
+        self._program = _weights.Program(svi, self, self.state.targets, self._perturb)
         svi.loss_and_grads(svi.model, svi.guide, *args, **kwargs)
 
-    def _perturb(self) -> _weights.Perturb:
-        """The draws of the next update."""
-        assert self.state is not None
+    def _perturb(self) -> _weights.Perturb | None:
+        """The draws of the next update; None where it is to begin anew."""
+        if self.state is None:
+            return None
         state, temperature = self.state, self._temperature(self.state)
         generator = torch.Generator().manual_seed(state.seed + state.updates + state.skipped)
         rank = 0 if self.process_group is None else torch.distributed.get_rank(self.process_group)
@@ -313,6 +318,10 @@ class IVON(pyro.optim.PyroOptim):
         for guide in state.guides:
             guide.num_data.fill_(state.settings.num_data)
             guide.temperature.fill_(temperature)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which begin at this state: its tensors are the guide's own, and theirs are others."""
+        return {**vars(self), "state": None, "_program": None, "_loaded": self.get_state()}
 
     def get_state(self) -> dict[str, Any]:
         """Everything needed to continue, beside Pyro's parameter store and the guide: tensors and numbers by name.

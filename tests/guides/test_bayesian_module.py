@@ -242,6 +242,16 @@ def test_predictions_with_the_guide_moved_by_ivon():
     assert drawn["y"].shape == (400, 3)
 
 
+def test_frozen_parameters_are_left_to_the_module():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    module[0].requires_grad_(False)
+    plain = copy.deepcopy(module)
+    net = BayesianModule(module)
+    assert {part.name for part in net.parts} == {"2.weight", "2.bias"}
+    torch.testing.assert_close(net.apply_weights(net.weights, inputs()), plain(inputs()))
+    assert torch.equal(net.module[0].weight, plain[0].weight)
+
+
 class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -249,7 +259,7 @@ class Mixed(nn.Module):
 
 
 REFUSED = {
-    "no parameters": (nn.Tanh, None, TypeError, "Tanh has no parameters"),
+    "no parameters": (nn.Tanh, None, TypeError, "Tanh has none"),
     "several dtypes": (Mixed, None, TypeError, r"one dtype; Mixed has torch.float32, torch.float64.*module.float\(\)"),
     "scale zero": (lambda: nn.Linear(1, 1), 0.0, ValueError, "positive and finite, got 0.0 for the parameter 'weight'"),
     "scale infinite": (lambda: nn.Linear(1, 1), np.inf, ValueError, "positive and finite, got inf"),

@@ -311,7 +311,7 @@ def test_positions_of_an_axis_draw_for_themselves_and_average(numpyro_bridge):
     program = network.make(numpyro_bridge.host)
     x, y = map(jnp.asarray, network.args)
 
-    svi = make_svi(program=program, axis_name="data", learning_rate=0.1)
+    svi = make_svi(program=program, axis_name="data", learning_rate=0.1, hess_init=0.1)
     state = svi.init(jax.random.key(0), x, y)
     weights = {name: Weights.at(np.array(m), 0.1) for name, m in state.optim_state[1].weights.loc.items()}
     update = jax.jit(jax.vmap(svi.update, in_axes=(None, 0, 0), axis_name="data"))

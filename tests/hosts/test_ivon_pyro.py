@@ -21,9 +21,10 @@ from pyro import distributions as dist  # noqa: E402
 from pyro import poutine  # noqa: E402
 from pyro.infer import SVI, JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO  # noqa: E402
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value  # noqa: E402
+from pyro.optim import Adam  # noqa: E402
 from torch import nn  # noqa: E402
 
-from pyro_blr import IVON, AutoWeights, BayesianModule  # noqa: E402
+from pyro_blr import BLR, IVON, AutoWeights, BayesianModule  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("pyro_bridge")
 SCALES = {"0.weight": 0.6, "0.bias": 0.5, "2.weight": 0.8, "2.bias": 0.5}
@@ -202,6 +203,99 @@ def test_a_network_resumed_from_files_equals_not_stopping_bit_for_bit(options, t
     pyro.set_rng_seed(77)
     assert later.run(3)[1:] == losses[1:]  # the first is the host's, at a draw of its own
     check_same(later.state(), straight)
+
+
+def test_a_state_may_be_taken_back_between_steps(tmp_path):
+    """In the same process, in the middle of a pair."""
+    fit = Fit()
+    fit.run(3)
+    saved = copy.deepcopy(fit.guide.state_dict())
+    fit.svi.optim.save(tmp_path / "ivon.pt")
+    fit.run(3)
+    there = fit.state()
+    fit.guide.load_state_dict(saved)
+    fit.svi.optim.load(tmp_path / "ivon.pt")
+    fit.run(3)
+    check_same(fit.state(), there)
+
+
+@pytest.mark.parametrize("optimizer", [lambda: Adam({"lr": 0.05}), BLR, lambda: IVON(0.2)], ids=["Adam", "BLR", "IVON"])
+def test_another_optimizer_may_take_over(optimizer):
+    """In the same SVI, or in one that is made of its model and guide."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 20):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.ones(20))
+
+    for again in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = AutoNormal(model)
+        svi = SVI(model, guide, IVON(1e-6), Trace_ELBO())
+        svi.step()
+        svi = SVI(svi.model, svi.guide, optimizer(), Trace_ELBO()) if again else svi
+        svi.optim = optimizer()
+        for _ in range(200):
+            svi.step()
+        assert abs(float(guide.median()["z"]) - 20 / 21) < 0.3
+
+
+def test_a_copy_of_an_svi_goes_its_own_way():
+    fit = Fit()
+    fit.run(3)
+    twin = copy.deepcopy(fit.svi)
+    before = fit.guide.loc.detach().clone()
+    with pytest.raises(ValueError, match="another AutoWeights under this one's name.*clear_param_store"):
+        twin.step()
+    pyro.clear_param_store()
+    twin.step()
+    assert torch.equal(fit.guide.loc, before)
+    assert not torch.equal(twin.guide.loc, before)
+
+
+def test_a_network_s_guide_may_be_within_a_function():
+    whole, within = Fit(), Fit()
+    guide = within.guide
+    within.svi.guide = lambda: guide()
+    for fit in (whole, within):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        fit.run(4)
+    assert torch.equal(whole.guide.loc, guide.loc)
+
+
+def test_a_network_and_its_guide_may_be_converted(monkeypatch):
+    fit = Fit()
+    fit.net.float()
+    with pytest.raises(TypeError, match="a mean of torch.float64.*network weights of torch.float32.*Convert both"):
+        fit.svi.step()
+    fit.guide.float()
+    monkeypatch.setattr(Data, "x", Data.x.float())
+    monkeypatch.setattr(Data, "y", Data.y.float())
+    fit.run(3)
+    assert fit.guide.loc.dtype == torch.float32
+    assert torch.equal(fit.net.weights, fit.guide.loc)
+
+
+def test_sparse_gradients_are_gradients():
+    tables = []
+    for sparse in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        net = BayesianModule(nn.Embedding(5, 2, sparse=sparse))
+
+        def model(net=net):
+            values = net(torch.tensor([0, 2, 2]))
+            with pyro.plate("data", 3):
+                pyro.sample("y", dist.Normal(values, 1.0).to_event(1), obs=torch.ones(3, 2))
+
+        guide = AutoWeights(model, net)
+        svi = SVI(model, guide, IVON(), Trace_ELBO())
+        for _ in range(3):
+            svi.step()
+        tables.append(guide.loc.detach())
+    assert torch.equal(*tables)
 
 
 def test_a_state_that_was_taken_stays_as_it_was():
