@@ -4,8 +4,8 @@
 
 The optimizers take turns within each round, and a ratio is taken within a round, so that the drift of a shared
 machine cancels; the table shows the median over rounds with its quartiles. Compilation is not counted. `gradient` uses
-one stock gradient a step, as Adam does; the default takes Hessians at eight draws and proposals at the same draws,
-which it wins back in steps (`make demo`).
+one stock gradient a step, as Adam does; the default takes Hessians at two to eight draws and uses them again, which it
+wins back in steps (`make demo`).
 """
 
 from __future__ import annotations

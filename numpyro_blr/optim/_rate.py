@@ -131,7 +131,7 @@ def residual_and_error(estimate: Estimate, precision: Precision) -> tuple[Array,
     """(r², V): the squared natural gradient and its Monte Carlo variance, NaN of a single pair or draw."""
     num_pairs = len(estimate.pair_gradients)
     deviations = estimate.pair_gradients - estimate.gradient
-    spread = jax.vmap(lambda deviation: squared_norm(deviation, precision))(deviations).sum()
+    spread = (deviations * precision.solve(deviations)).sum()
     error = spread / (num_pairs * (num_pairs - 1)) if num_pairs > 1 else jnp.full_like(spread, jnp.nan)
     return squared_norm(estimate.gradient, precision), error
 

@@ -70,36 +70,10 @@ class Recycling:
 
 
 def init(loc: Array, scales: tuple[Any, ...]) -> Recycling:
-    """No draws yet, and room for 512, or as many as have four million numbers in their Hessians."""
+    """No draws yet, and room for 512, or as many as have four million numbers in their Hessians, but for 16."""
     num_pairs = min(MAX_PAIRS, max(8, MAX_NUMBERS // (2 * len(loc) ** 2)))
     pool, one = recycled.init(num_pairs, loc, scales), jnp.ones((), jnp.int32)
     return Recycling(pool=pool, num_pairs=one, digest=jnp.zeros((), jnp.uint32), taken=jnp.zeros((), bool))
-
-
-class _Search(NamedTuple):
-    """A step under way: a look at where it starts, then proposals, taken or refused, then steps on the pool alone.
-
-    Attributes:
-        here: where it is.
-        start: where it started.
-        first_rate: of the first proposal; `rate` is that of the next one.
-        proposals: made so far until one was taken; `inner` steps since.
-        before, by_rule: far away, the loss close around the mean of `start`, and around that of a step of the rule.
-        looked: whether `start` is known; `taken`: whether a proposal was.
-        going: whether to go on.
-    """
-
-    here: _Place
-    start: _Place
-    first_rate: Array
-    rate: Array
-    proposals: Array
-    inner: Array
-    before: Array
-    by_rule: Array
-    looked: Array
-    taken: Array
-    going: Array
 
 
 class _Place(NamedTuple):
@@ -128,8 +102,34 @@ class _Place(NamedTuple):
         trust = DensePrecision(TRUST * jnp.eye(len(gradient), dtype=gradient.dtype))
         before = select(downhill, trust, self.precision)
         precision = before.blend(jnp.where(downhill, curvature, hessian), jnp.where(downhill, 0.5, rate))
-        direction = precision.solve(jnp.where(downhill, slope / 2, gradient))
+        direction = precision.solve(jnp.where(downhill, slope / 2, gradient))  # downhill of P/2, and half the slope
         return self.loc - rate * direction, select(far, trust, precision)
+
+
+class _Search(NamedTuple):
+    """A step under way: a look at where it starts, then proposals, taken or refused, then steps on the pool alone.
+
+    Attributes:
+        here: where it is.
+        start: where it started.
+        first_rate: of the first proposal; `rate` is that of the next one.
+        proposals: made so far until one was taken; `inner` steps since.
+        before, by_rule: far away, the loss close around the mean of `start`, and around that of a step of the rule.
+        looked: whether `start` is known; `taken`: whether a proposal was.
+        going: whether to go on.
+    """
+
+    here: _Place
+    start: _Place
+    first_rate: Array
+    rate: Array
+    proposals: Array
+    inner: Array
+    before: Array
+    by_rule: Array
+    looked: Array
+    taken: Array
+    going: Array
 
 
 def step(

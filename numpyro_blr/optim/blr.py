@@ -82,7 +82,9 @@ class BLR(numpyro.optim._NumPyroOptim):
 
     Recognises the Gaussian sites of the guide (`AutoNormal`, `AutoDiagonalNormal`, `AutoMultivariateNormal`,
     `AutoGuideList` of these, `AutoDelta`, hand-written `Normal` and `MultivariateNormal` sites fed by parameters) and
-    moves them by λ ← (1 − ρ) λ − ρ ∇_μ E_q[ℓ]. On a linear-Gaussian model one step is the exact posterior.
+    moves them by λ ← (1 − ρ) λ − ρ ∇_μ E_q[ℓ]. On a linear-Gaussian model one step is the exact posterior. Sites of
+    other exponential families (`AutoExponentialFamily`, `natural_param`, a `Gamma` fed by parameters) move by the same
+    rule, one after the other.
 
     Args:
         learning_rate: ρ in (0, 1], or a schedule, a function of the step 0, 1, 2, ... None (the default) chooses ρ at
@@ -92,14 +94,15 @@ class BLR(numpyro.optim._NumPyroOptim):
             full-rank guides; D + 1 gradients a draw, won back in steps. `"hutchinson"`: the diagonal from
             Hessian-vector products, about 3 gradients a draw; the choice of `"auto"` beyond. `"gradient"`: the stock
             gradient alone, at the host's own draws; noisy, so it needs a `learning_rate`.
-        num_draws: draws a step and particle, in antithetic pairs; even. Not used by `estimator="gradient"`.
+        num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
+            most: a step begins with one pair. Not used by `estimator="gradient"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q). 1 is Bayes.
         others: optimizer of the parameters that belong to no recognised site, a `numpyro.optim` or optax optimizer;
             `numpyro.optim.Adam(1e-3)` if None. They get their gradient from the same backward passes.
 
     Raises:
         TypeError, ValueError: at construction for arguments out of range; at `svi.init` for a loss that is no ELBO,
-            a guide without a Gaussian site, and parameters that are not real floating-point arrays.
+            a guide without a recognised site, and parameters that are not real floating-point arrays.
         FloatingPointError: from `svi.get_params` (which `svi.run` calls) once ten or more steps and nothing but
             steps with a loss or gradient that is not finite have been taken. Fewer are reported in a warning.
 

@@ -10,6 +10,7 @@ the units, are taken only where the straight step is not positive definite, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import log, pi
 from typing import Self
 
@@ -56,7 +57,12 @@ class DensePrecision:
 
     def solve(self, vector: Tensor) -> Tensor:
         columns = vector.reshape(-1, len(self.matrix)).T
-        return torch.cholesky_solve(columns, _cholesky(self.matrix)).T.reshape(vector.shape)
+        return torch.cholesky_solve(columns, self._factor).T.reshape(vector.shape)
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        """L with L Lᵀ = S; a step asks for it several times."""
+        return _cholesky(self.matrix)
 
     def scale(self, block: Block) -> Tensor:
         """σ = diag(S_bb)^(−1/2) for a mean-field block; the lower C with C Cᵀ = (S_bb)⁻¹ for a dense one."""

@@ -114,7 +114,7 @@ def residual_and_error(estimate: Estimate, precision: Precision) -> tuple[float,
     """(r², V): the squared natural gradient and its Monte Carlo variance, NaN of a single pair or draw."""
     num_pairs = len(estimate.pair_gradients)
     deviations = estimate.pair_gradients - estimate.gradient
-    spread = sum(squared_norm(deviation, precision) for deviation in deviations)
+    spread = (deviations * precision.solve(deviations)).sum()
     error = float(spread) / (num_pairs * (num_pairs - 1)) if num_pairs > 1 else math.nan
     return float(squared_norm(estimate.gradient, precision)), error
 

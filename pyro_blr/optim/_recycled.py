@@ -69,7 +69,7 @@ class Recycling:
 
 
 def init(loc: Tensor, scales: tuple[Any, ...]) -> Recycling:
-    """No draws yet, and room for 512, or as many as have four million numbers in their Hessians."""
+    """No draws yet, and room for 512, or as many as have four million numbers in their Hessians, but for 16."""
     num_pairs = min(MAX_PAIRS, max(8, MAX_NUMBERS // (2 * len(loc) ** 2)))
     return Recycling(pool=recycled.init(num_pairs, loc, scales), num_pairs=1, digest=0, taken=False)
 
@@ -101,7 +101,8 @@ class _Place(NamedTuple):
             return self.loc - rate * precision.solve(gradient), trust if far else precision
         slope = gradient / self.loss
         curvature = hessian / self.loss - torch.outer(slope, slope)
-        return self.loc - rate * trust.blend(curvature, 0.5).solve(slope / 2), trust
+        half = trust.blend(curvature, 0.5)  # P/2, and so is the slope
+        return self.loc - rate * half.solve(slope / 2), trust
 
 
 class _Search(NamedTuple):
@@ -152,8 +153,8 @@ def step(
     draws = Draws.at(pairs.flatten(0, 1))  # one object for all that is asked of them, whose noise is made once
     pool, losses, usable = _fresh(state, objective, blocks, pairs, draws, temperature)
 
-    def place(loc: Tensor, precision: Precision) -> _Place:
-        moments = recycled.moments(pool, blocks, loc, scales_of(precision, blocks, state.radius))
+    def place(loc: Tensor, precision: Precision, scales: tuple[Any, ...]) -> _Place:
+        moments = recycled.moments(pool, blocks, loc, scales)
         residual = float(_rate.squared_norm(moments.gradient, precision))
         error = recycled.squared_error(moments, precision)
         return _Place(loc, precision, moments, residual, error, float((moments.weights * pool.values).sum()))
@@ -162,7 +163,7 @@ def step(
         evaluations = state.evaluations + losses.numel() * (len(state.loc) + 1)
         kept = replace(state, recycling=replace(recycling, pool=pool), evaluations=evaluations)
         return skipped(kept), losses.mean(), False
-    start = place(state.loc, state.precision)
+    start = place(state.loc, state.precision, scales_of(state.precision, blocks, state.radius))
     far, last_gradient = start.far, state.rate.last_gradient
     opposed = _rate.opposed(start.moments.gradient, start.precision, last_gradient)
     noisy_steps = state.rate.noisy_steps + ((start.noisy or changed) and opposed)
@@ -184,20 +185,21 @@ def step(
         downhill = far and search.proposals not in (0, 2)
         rate = INNER_RATE if taken else 1.0 if far and not downhill else search.rate
         loc, precision = here.step(rate, far, downhill)
-        finite = all_finite(loc, precision.solve(loc), *scales_of(precision, blocks, state.radius))
-        there = place(loc, precision) if finite else here
+        scales = scales_of(precision, blocks, state.radius)
+        finite = all_finite(loc, precision.solve(loc), *scales)
+        there = place(loc, precision, scales) if finite else here
         covered = finite and not far and there.moments.effective >= max(COVERED, here.moments.effective / 2)
         before, by_rule, better, lower = search.before, search.by_rule, False, False
         if far:
-            scales = scales_of(here.precision, blocks, NARROWEST)
-            now = total_loss(loc, scales) if finite else math.inf
+            close = scales_of(here.precision, blocks, NARROWEST)
+            now = total_loss(loc, close) if finite else math.inf
             if search.proposals == 0:
-                before, by_rule = total_loss(here.loc, scales), now
+                before, by_rule = total_loss(here.loc, close), now
             else:
                 lower = now < before
                 better = lower and (search.proposals != 1 or now < by_rule)
         elif finite and not (covered or taken):
-            after = losses_around(loc, scales_of(precision, blocks, state.radius))
+            after = losses_around(loc, scales)
             better = _rate.not_worse(losses, after, start.residual + len(loc))
         accepted = (covered or better) and all_finite(there.moments.gradient)
         settled = taken and here.residual < SETTLED * here.error
