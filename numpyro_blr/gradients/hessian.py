@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from ._estimate import Draws, Estimate, Extras, Objective, average_over_pairs, value_and_gradients
@@ -26,13 +25,11 @@ def hessian(
     others: Any,
     draws: Draws,
     *,
-    dense: bool = True,
     forward: bool = False,
 ) -> Estimate:
-    """E_q[g] and E_q[∇²ℓ] at the given draws; with `dense=False` only the diagonal of the latter is kept."""
+    """E_q[g] and E_q[∇²ℓ] at the given draws."""
     hessians, losses, gradients, g_others, extras = hessians_at(objective, loc, scales, others, draws, forward=forward)
-    kept = hessians if dense else jnp.diagonal(hessians, axis1=-2, axis2=-1)
-    return average_over_pairs(losses, gradients, kept, g_others, extras, cost=len(loc) + 1)
+    return average_over_pairs(losses, gradients, hessians, g_others, extras, cost=len(loc) + 1)
 
 
 def hessians_at(

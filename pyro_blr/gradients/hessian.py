@@ -20,18 +20,11 @@ __all__ = ["hessian", "hessians_at"]
 
 
 def hessian(
-    objective: Objective,
-    loc: Tensor,
-    scales: tuple[Tensor | None, ...],
-    others: Any,
-    draws: Draws,
-    *,
-    dense: bool = True,
+    objective: Objective, loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draws: Draws
 ) -> Estimate:
-    """E_q[g] and E_q[∇²ℓ] at the given draws; with `dense=False` only the diagonal of the latter is kept."""
+    """E_q[g] and E_q[∇²ℓ] at the given draws."""
     hessians, losses, gradients, extras = hessians_at(objective, loc, scales, others, draws)
-    kept = hessians if dense else hessians.diagonal(dim1=-2, dim2=-1)
-    return average_over_pairs(losses, gradients, kept, extras, cost=len(loc) + 1)
+    return average_over_pairs(losses, gradients, hessians, extras, cost=len(loc) + 1)
 
 
 def hessians_at(
