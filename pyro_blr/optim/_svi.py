@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Iterable
 from types import FrameType, SimpleNamespace
@@ -54,6 +55,7 @@ __all__ = [
     "Fingerprint",
     "Members",
     "Redraw",
+    "Turns",
     "calling_svi",
     "check_loss",
     "check_params",
@@ -149,6 +151,28 @@ def host_optimizer(others: Any) -> PyroOptim:
     raise TypeError(
         f"others must be a pyro.optim.PyroOptim, for example pyro.optim.Adam({{'lr': 0.01}}); got {others!r}."
     )
+
+
+class Turns:
+    """That an optimizer serves one `SVI` after the other, and does not come back: it has the state of one alone."""
+
+    def __init__(self) -> None:
+        self.served: weakref.WeakSet[SVI] = weakref.WeakSet()
+        self.last: Callable[[], SVI | None] = lambda: None
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Turns, ()  # a copy has served nobody
+
+    def take(self, svi: SVI, rule: str) -> None:
+        if self.last() is svi:
+            return
+        if svi in self.served:
+            raise ValueError(
+                f"this {rule} has served another SVI since its last step with this one, whose state it no longer has. "
+                f"Give each SVI a {rule} of its own."
+            )
+        self.served.add(svi)
+        self.last = weakref.ref(svi)
 
 
 class Fingerprint:

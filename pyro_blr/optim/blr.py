@@ -134,6 +134,7 @@ class BLR(pyro.optim.PyroOptim):
         self.compile: bool | str = False  # True, "auto" or "inductor": steps on the loss traced once (`_traced.py`)
         self._tracer = Tracer()
         self._fingerprint = _svi.Fingerprint()
+        self._turns = _svi.Turns()
         self._seen: tuple[Any, ...] = ()
         self._loaded: dict[str, Any] = {}
 
@@ -222,6 +223,7 @@ class BLR(pyro.optim.PyroOptim):
         """One step, from the gradients of `SVI.step` and draws of its own; called by `SVI.step`."""
         params = list(params)
         svi, model_args, model_kwargs = _svi.calling_svi(SVI.step)
+        self._turns.take(svi, "BLR")
         state = self.state
         if state is None or not state.layout.covers(params):
             fresh = self.init(svi, model_args, model_kwargs, params)

@@ -148,6 +148,7 @@ class IVON(pyro.optim.PyroOptim):
         self.others = _svi.host_optimizer(others)
         self.state: IVONState | None = None
         self._program: _weights.Program | None = None
+        self._turns = _svi.Turns()
         self._loaded: dict[str, Any] = {}
 
     def init(self, svi: SVI, args: tuple, kwargs: dict, params: list[Tensor]) -> IVONState:
@@ -209,6 +210,7 @@ class IVON(pyro.optim.PyroOptim):
         """One update, from the gradients that `SVI.step` left in the draws; called by `SVI.step`."""
         params = list(params)
         svi, model_args, model_kwargs = _svi.calling_svi(SVI.step, "IVON")
+        self._turns.take(svi, "IVON")
         if self.state is None or not self.state.covers(params):
             self._begin(svi, model_args, model_kwargs, params)
         assert self.state is not None and self._program is not None

@@ -35,7 +35,7 @@ from pyro.infer.autoguide import (  # noqa: E402
 )
 from pyro.optim import Adam  # noqa: E402
 
-from pyro_blr import BLR, fit  # noqa: E402
+from pyro_blr import BLR, IVON, fit  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("pyro_bridge")
 positive = dist.constraints.positive
@@ -582,6 +582,20 @@ def test_a_loaded_state_is_kept_until_it_is_taken_up(tmp_path):
     fresh = BLR()
     fresh.set_state(state)
     assert fresh.get_state() == state
+
+
+@pytest.mark.parametrize("rule", [BLR, IVON])
+def test_one_optimizer_does_not_serve_two_in_turns(rule):
+    """One after the other, it does."""
+    optimizer, y = rule(), torch.tensor([2.9, 3.1])
+    first, second = (SVI(located, AutoNormal(located), optimizer, Trace_ELBO()) for _ in range(2))
+    first.step(y)
+    first.step(y)
+    pyro.clear_param_store()
+    second.step(y)
+    with pytest.raises(ValueError, match=f"this {rule.__name__} has served another SVI.*of its own"):
+        first.step(y)
+    second.step(y)
 
 
 def test_the_host_s_random_numbers_do_not_depend_on_the_draws_of_hutchinson():
