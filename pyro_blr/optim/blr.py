@@ -359,6 +359,11 @@ class BLR(pyro.optim.PyroOptim):
         )
         return members, naturals, draws, loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which begin at this state with the parameters that they find."""
+        new = {"state": None, "_seen": (), "_tracer": Tracer(), "_fingerprint": _svi.Fingerprint()}
+        return {**vars(self), **new, "_loaded": self.get_state()}
+
     def get_state(self) -> dict[str, Any]:
         """Everything needed to continue: tensors and numbers by name, for `torch.save`."""
         if self.state is None:

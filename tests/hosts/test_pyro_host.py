@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from functools import partial
 
@@ -575,7 +576,28 @@ def test_a_plate_that_is_iterated_over_is_a_minibatch_too():
     assert svi.optim.state.gaussian.recycling is None
 
 
-def test_a_loaded_state_is_kept_until_it_is_taken_up(tmp_path):
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda rule: pickle.loads(pickle.dumps(rule))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("rule", [BLR, IVON])
+def test_a_copy_of_an_optimizer_goes_on(rule, copied):
+    """With the parameters as they are: bit for bit what the optimizer itself would do."""
+    svi, y = SVI(located, AutoNormal(located), rule(), Trace_ELBO()), torch.tensor([2.9, 3.1])
+    for _ in range(3):
+        svi.step(y)
+    before, twin = pyro.get_param_store().get_state(), copied(svi.optim)
+    before = {name: value.detach().clone() for name, value in before["params"].items()}
+    svi.step(y)
+    after = stored()
+    with torch.no_grad():
+        for name, value in before.items():
+            dict(pyro.get_param_store().named_parameters())[name].copy_(value)
+    svi.optim = twin
+    svi.step(y)
+    check_same(stored(), after)
+
+
+def test_a_loaded_state_is_kept_until_it_is_taken_up():
     svi = make_svi()
     svi.step()
     state = svi.optim.get_state()
