@@ -157,6 +157,7 @@ def made_up_posterior(load, name: str, random: np.random.Generator):
     )
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_writes_and_goes_on_from_what_it_kept(
     numpyro_bridge, load, tmp_path, random, capsys, monkeypatch
 ):

@@ -35,7 +35,10 @@ def test_the_exact_posterior_is_a_fixed_point_of_the_default_rule_and_its_loss_i
     np.testing.assert_allclose(fit.losses[1], fit.losses[2], rtol=1e-10)
 
 
-@pytest.mark.parametrize("make", CONDITIONAL, ids=lambda make: make.__name__)
+*QUICK, LAST = CONDITIONAL
+
+
+@pytest.mark.parametrize("make", [*QUICK, pytest.param(LAST, marks=pytest.mark.slow)], ids=lambda make: make.__name__)
 def test_a_sweep_is_coordinate_ascent(backend, make):
     case = make()
     with backend.promotion(lax=case.lax):

@@ -219,8 +219,12 @@ def test_a_state_may_be_taken_back_between_steps(tmp_path):
     check_same(fit.state(), there)
 
 
-@pytest.mark.parametrize("optimizer", [lambda: Adam({"lr": 0.05}), BLR, lambda: IVON(0.2)], ids=["Adam", "BLR", "IVON"])
-def test_another_optimizer_may_take_over(optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "num_steps"),
+    [(lambda: Adam({"lr": 0.05}), 200), (BLR, 5), (lambda: IVON(0.2), 200)],
+    ids=["Adam", "BLR", "IVON"],
+)
+def test_another_optimizer_may_take_over(optimizer, num_steps):
     """In the same SVI, or in one that is made of its model and guide."""
 
     def model():
@@ -236,7 +240,7 @@ def test_another_optimizer_may_take_over(optimizer):
         svi.step()
         svi = SVI(svi.model, svi.guide, optimizer(), Trace_ELBO()) if again else svi
         svi.optim = optimizer()
-        for _ in range(200):
+        for _ in range(num_steps):
             svi.step()
         assert abs(float(guide.median()["z"]) - 20 / 21) < 0.3
 

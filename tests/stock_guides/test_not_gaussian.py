@@ -80,8 +80,14 @@ def common_noise(xp, shape, number):
     return (1.5 * xp.sin(1.0 + 2.1 * number + 0.7 * size + 1.3 * xp.arange(float(size)))).reshape(shape)
 
 
-@pytest.mark.parametrize("name", ["AutoNormal", "AutoMultivariateNormal"])
-@pytest.mark.parametrize("options", [{}, {"learning_rate": 0.4, "temperature": 2.0}], ids=["automatic", "given"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("AutoNormal", {}),
+        pytest.param("AutoMultivariateNormal", {}, marks=pytest.mark.slow),
+        ("AutoMultivariateNormal", {"learning_rate": 0.4, "temperature": 2.0}),
+    ],
+)
 def test_both_packages_take_the_same_steps_through_their_hosts(both, name, options, monkeypatch):
     """Eight steps of the stock SVI: recognition, constraints, plates, estimates, search."""
     fits = []

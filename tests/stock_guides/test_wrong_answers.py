@@ -282,7 +282,7 @@ def outliers_posterior() -> tuple[np.ndarray, np.ndarray]:
 OUTLIERS_GUIDES = (
     pytest.param(cases.MEAN_FIELD, marks=pytest.mark.slow),  # the same Gaussians as by hand
     cases.Guide("Normal by hand", written_guide, cases.every_coordinate),
-    cases.FULL_RANK,
+    pytest.param(cases.FULL_RANK, marks=pytest.mark.slow),
 )
 
 
