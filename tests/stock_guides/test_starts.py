@@ -52,7 +52,7 @@ def test_a_saddle_on_which_antithetic_draws_cancel_is_left(backend, kind):
 def test_an_exponential_that_overflows_beside_where_it_vanishes(backend, random):
     year = random.uniform(1900, 2020, size=100)
     counts = random.poisson(np.exp(0.05 * (year - 1960))).astype(float)
-    fit = backend.start(calendar, from_values(a=0.187, b=-0.150), (year, counts)).run(60)
+    fit = backend.start(calendar, from_values(a=0.187, b=-0.150), (year, counts)).run(80)
     (a, b) = (float(np.ravel(loc)[0]) for loc, _ in fit.gaussians().values())
     rates = np.exp(a + b * year)
     score = np.stack([np.ones(100), year]) @ (counts - rates) - np.array([a / 1000**2, b / 10**2])
