@@ -458,10 +458,14 @@ def _check(
     return Check(steps, -mean, elbo_error, residual, error, rate, drift=drift)
 
 
-def _least_curvature(precision: Any, hessian: np.ndarray) -> float:
-    """The smallest eigenvalue of S⁻¹ Ĥ = L⁻ᵀ L⁻¹ Ĥ."""
-    inverse = np.linalg.inv(np.linalg.cholesky(precision))
-    return float(np.linalg.eigvalsh(inverse @ hessian @ inverse.T)[0])
+def _least_curvature(precision: np.ndarray, hessian: np.ndarray) -> float:
+    """The smallest eigenvalue of S⁻¹ Ĥ, S = L Lᵀ, as that of L⁻¹ Ĥ L⁻ᵀ; NaN where rounding has left S no factor."""
+    unit = np.diagonal(precision).astype(float) ** -0.5  # in whatever units the coordinates are
+    try:
+        inverse = np.linalg.inv(np.linalg.cholesky(unit * precision * unit[:, None])) * unit
+        return float(np.linalg.eigvalsh(inverse @ hessian @ inverse.T)[0])
+    except np.linalg.LinAlgError:
+        return math.nan
 
 
 def _place_of_others(opt_state: OptState) -> np.ndarray:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.optimize
 from numpy.testing import assert_allclose
 
@@ -170,6 +171,17 @@ def test_a_steady_drift_is_told_from_noise(backend, random):
     assert drift(list(random.normal(size=(300, 4)))) < 1
     assert drift(list(1e-4 * steady)) < 1, "negligible"
     assert math.isnan(drift(list(steady[:5]))) and math.isnan(drift(9 * [np.zeros(0)]))
+
+
+def test_the_least_curvature_is_that_of_the_pencil(backend, random):
+    least = backend.module("fitting")._least_curvature
+    units, factor = 10.0 ** np.array([-6.0, 0.0, 6.0]), random.normal(size=(3, 3))
+    precision, hessian = factor @ factor.T + np.eye(3), np.diag([1.0, -2.0, 3.0])
+    expected = scipy.linalg.eigh(hessian, precision, eigvals_only=True)[0]
+    scaled = [units * matrix * units[:, None] for matrix in (precision, hessian)]
+    assert_allclose(least(*scaled), expected, rtol=1e-8)
+    assert math.isnan(least(np.ones((2, 2), "float32"), np.eye(2, dtype="float32")))
+    assert math.isnan(least(np.eye(2), np.full((2, 2), np.nan)))
 
 
 def test_checks_come_further_apart_and_never_beyond_the_budget(backend):

@@ -136,11 +136,9 @@ def start_of(prior: Prior, settings: Settings) -> Array | float:
     """h₀: as it is given, or 0.1, and at least 63 δ for `"factored"`, by which σ is an eighth of s₀ at most."""
     if settings.hess_init is not None:
         return settings.hess_init
-    return (
-        HESS_INIT
-        if settings.preconditioner == "posterior"
-        else jnp.maximum(HESS_INIT, (NARROW**2 - 1) * prior.precision)
-    )
+    if settings.preconditioner == "posterior":
+        return HESS_INIT
+    return jnp.maximum(HESS_INIT, (NARROW**2 - 1) * prior.precision)
 
 
 def init(loc: Mapping[str, Array], priors: Mapping[str, Prior], settings: Settings) -> State:
