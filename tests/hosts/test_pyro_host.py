@@ -556,6 +556,8 @@ def test_a_fit_draws_what_it_found_whatever_was_fitted_since(guide):
         fits.append(fit(located, guide, sign * torch.tensor([2.9, 3.1]), progress_bar=False))
         draws.append(fits[-1].sample(50)["z"])
         assert abs(float(draws[-1].mean()) - 3 * sign) < 1.0
+    for _ in range(3):
+        fits[1].svi.step(torch.tensor([0.0, 0.1]))  # goes on, with the tensors of the fit
     left = stored()
     for made, drawn in zip(fits, draws, strict=True):
         assert torch.equal(made.sample(50)["z"], drawn)
