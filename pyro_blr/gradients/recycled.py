@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -101,18 +101,7 @@ def init(num_pairs: int, loc: Tensor, scales: tuple[Any, ...]) -> Pool:
 
 def emptied(pool: Pool, condition: bool) -> Pool:
     """Without any draw, if so."""
-    if not condition:
-        return pool
-    return Pool(
-        pool.points[:0],
-        pool.values[:0],
-        pool.gradients[:0],
-        pool.hessians[:0],
-        pool.log_mixture[:0],
-        pool.locs[:0],
-        tuple(scale[:0] for scale in pool.scales),
-        pool.capacity,
-    )
+    return _with_rows(pool, slice(0)) if condition else pool
 
 
 def append(
@@ -277,20 +266,23 @@ def _thinned(pool: Pool, blocks: tuple[Block, ...]) -> Pool:
     Early Gaussians are often wide, and bound the weights of the draws in the tails of the present one: without all of
     them at once, the estimate would jump.
     """
-    kept = torch.arange(pool.count, device=pool.points.device) % FORGOTTEN > 0
-    points, locs = pool.points[kept], pool.locs[kept]
-    scales = tuple(scale[kept] for scale in pool.scales)
-    log_mixture = torch.full_like(pool.log_mixture[kept], -torch.inf)
-    for index, loc in enumerate(locs):
-        component = log_density(blocks, loc, tuple(scale[index] for scale in scales), points)
+    pool = _with_rows(pool, torch.arange(pool.count, device=pool.points.device) % FORGOTTEN > 0)
+    log_mixture = torch.full_like(pool.log_mixture, -torch.inf)
+    for index, loc in enumerate(pool.locs):
+        component = log_density(blocks, loc, tuple(scale[index] for scale in pool.scales), pool.points)
         log_mixture = torch.logaddexp(log_mixture, component)
+    return replace(pool, log_mixture=log_mixture)
+
+
+def _with_rows(pool: Pool, rows: Any) -> Pool:
+    """Some of the pairs; `log_mixture` has all components still."""
     return Pool(
-        points,
-        pool.values[kept],
-        pool.gradients[kept],
-        pool.hessians[kept],
-        log_mixture,
-        locs,
-        scales,
+        pool.points[rows],
+        pool.values[rows],
+        pool.gradients[rows],
+        pool.hessians[rows],
+        pool.log_mixture[rows],
+        pool.locs[rows],
+        tuple(scale[rows] for scale in pool.scales),
         pool.capacity,
     )
