@@ -285,8 +285,8 @@ class IVON(_NumPyroOptim):
         total, temperature = jnp.zeros(()), self._temperature(opt_state)
         for name, prior in opt_state.priors.items():
             hessian = jnp.where(_ivon.there(total), weights.hessian[name], jnp.nan)
-            scale = _ivon.scale_of(hessian, prior, num_data, temperature)
-            total += _ivon.kl_divergence(weights.loc[name], scale, prior, num_data)
+            precision = _ivon.precision_of(hessian, prior, num_data, temperature)
+            total += _ivon.kl_divergence(weights.loc[name], precision, prior, num_data)
         return total
 
 
