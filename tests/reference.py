@@ -191,13 +191,13 @@ def losses_at(problem, loc: np.ndarray, factor: np.ndarray, parts: Sequence, noi
 
 
 def second_order(problem, loc, factor, parts, noise, probes=None) -> Estimate:
-    """Averages over ±ε of g and of H, or of u ⊙ H u with Rademacher `probes` u."""
+    """Averages over ±ε of g and of H, or of Σ_p u_p ⊙ H u_p with `probes` u_p, [S, P, D]."""
     signed = np.concatenate([noise, -noise])
     points = [loc + factor @ eps for eps in signed]
     gradients = np.array([problem.gradient(z) for z in points])
     hessians = np.array([problem.hessian(z) for z in points])
     if probes is not None:
-        hessians = np.array([u * (hessian @ u) for u, hessian in zip(probes, hessians, strict=True)])
+        hessians = np.array([(u * (u @ hessian)).sum(0) for u, hessian in zip(probes, hessians, strict=True)])
     pairs = (gradients[: len(noise)] + gradients[len(noise) :]) / 2
     return Estimate(losses_at(problem, loc, factor, parts, signed), pairs, hessians.mean(0))
 
@@ -230,11 +230,12 @@ def step(
 
     Args:
         estimate_fn: (loc, factor) -> `Estimate`.
-        draws: all ε of the step, [S, D], at which the search evaluates its proposals.
+        draws: all ε of the step, [S, D], at which the search evaluates its proposals, with the scales of the start.
         minibatch: whether a gradient opposed to the last one counts as noise in any case, and not inside V alone.
     """
     diagonal = state.precision.ndim == 1
-    estimate = estimate_fn(state.loc, factor_of(state.precision, parts, fixed_scale, state.radius))
+    factor = factor_of(state.precision, parts, fixed_scale, state.radius)
+    estimate = estimate_fn(state.loc, factor)
     hessian = estimate.hessian
     if diagonal and hessian.ndim == 2:
         hessian = np.diagonal(hessian)
@@ -259,7 +260,6 @@ def step(
     first = tried = min(state.rate, 2 / (noisy_steps + 2))
     for tries in range(1, 9):
         loc, precision, reflected = propose(tried)
-        factor = factor_of(precision, parts, fixed_scale, state.radius)
         most = estimate.gradient @ covariance @ estimate.gradient + len(loc)
         if not_worse(estimate.losses, losses_at(problem, loc, factor, parts, draws), most):
             next_rate = min(1.0, 1.7 * tried) if tries == 1 else tried

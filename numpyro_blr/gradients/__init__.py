@@ -7,6 +7,17 @@ from ._estimate import Objective as Objective
 from .hessian import hessian as hessian
 from .hessian import hessians_at as hessians_at
 from .hutchinson import hutchinson as hutchinson
+from .hutchinson import parted as parted
 from .reparameterized import reparameterized as reparameterized
 
-__all__ = ["Draws", "Estimate", "Extras", "Objective", "hessian", "hessians_at", "hutchinson", "reparameterized"]
+__all__ = [
+    "Draws",
+    "Estimate",
+    "Extras",
+    "Objective",
+    "hessian",
+    "hessians_at",
+    "hutchinson",
+    "parted",
+    "reparameterized",
+]

@@ -1,9 +1,11 @@
-"""The diagonal of E_q[H] from Hessian-vector products: diag H ≈ u ⊙ (H u) with u Rademacher.
+"""The diagonal of E_q[H] from Hessian-vector products: diag H ≈ Σ_p u_p ⊙ (H u_p), u_p Rademacher in a part p.
 
-Unbiased, and exact for a diagonal Hessian, since u ⊙ u = 1: the noise comes from the off-diagonal entries alone.
-Costs about three gradients a draw whatever D is; the automatic choice where a dense Hessian is too large.
+The parts are the sites of the guide. Unbiased; as u ⊙ u = 1, the noise comes from the off-diagonal entries between
+coordinates of one part alone. Exact where those are zero, however the parts are coupled: the rows of a plate are
+independent given the other sites, and a single probe for all would see their coupling to these as noise. Costs two
+gradients a part and one, a draw, whatever D is; the automatic choice where a dense Hessian is too large.
 
-Source: Hutchinson 1990; Bekas, Kokiopoulou & Saad 2007 for the diagonal.
+Source: Hutchinson 1990; Bekas, Kokiopoulou & Saad 2007 for the diagonal and for probes that leave coordinates out.
 """
 
 from __future__ import annotations
@@ -11,11 +13,15 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 
+from ..families import Block
 from ._estimate import Draws, Estimate, Objective, average_over_pairs, value_and_gradients
 
-__all__ = ["hutchinson"]
+__all__ = ["hutchinson", "parted"]
+
+MAX_PARTS = 8
 
 
 def hutchinson(
@@ -27,7 +33,8 @@ def hutchinson(
     *,
     forward: bool = False,
 ) -> Estimate:
-    """E_q[g] and an estimate of diag E_q[∇²ℓ] at the given draws, one probe u a draw."""
+    """E_q[g] and an estimate of diag E_q[∇²ℓ] at the given draws, of which each has its probes."""
+    assert draws.probes is not None  # the rule makes them for a diagonal precision
     evaluate = value_and_gradients(objective, (0, 2), forward)
 
     def at_draw(draw: Draws):
@@ -35,8 +42,17 @@ def hutchinson(
             (loss, extras), (g, g_others) = evaluate(loc, scales, others, draw)
             return g, (loss, g, g_others, extras)
 
-        _, product, rest = jax.jvp(gradient, (loc,), (draw.probes,), has_aux=True)
-        return draw.probes * product, *rest
+        push = jax.vmap(lambda probe: jax.jvp(gradient, (loc,), (probe,), has_aux=True), out_axes=(None, 0, None))
+        _, products, rest = push(draw.probes)
+        return (draw.probes * products).sum(0), *rest
 
     diagonals, losses, gradients, g_others, extras = jax.vmap(at_draw)(draws)
-    return average_over_pairs(losses, gradients, diagonals, g_others, extras, cost=3)
+    return average_over_pairs(losses, gradients, diagonals, g_others, extras, cost=1 + 2 * draws.probes.shape[1])
+
+
+def parted(signs: Array, blocks: tuple[Block, ...]) -> Array:
+    """The probes [S, P, D] with `signs` [S, D] in a part for each block; every eighth shares one."""
+    parts = np.zeros((min(len(blocks), MAX_PARTS), signs.shape[-1]))
+    for number, block in enumerate(blocks):
+        parts[number % MAX_PARTS, block.start : block.stop] = 1
+    return signs[:, None] * parts.astype(signs.dtype)

@@ -117,8 +117,9 @@ def step(
 
     def propose_and_evaluate(rate: Array) -> tuple[tuple[Array, Precision], Array]:
         loc, precision = propose(rate)
-        proposed_scales = scales_of(precision, blocks, state.radius)
-        return (loc, precision), jax.vmap(lambda draw: objective(loc, proposed_scales, others, draw)[0])(draws)
+        losses = jax.vmap(lambda draw: objective(loc, scales, others, draw)[0])(draws)  # of m alone, see `_rate.py`
+        sound = all_finite(loc, precision, scales_of(precision, blocks, state.radius))
+        return (loc, precision), jnp.where(sound, losses, jnp.nan)
 
     residual, error = _rate.residual_and_error(estimate, state.precision)
     if learning_rate is None:

@@ -8,9 +8,10 @@ One step, given the estimate (g, H) at K antithetic pairs of draws and their los
    (Robbins & Monro 1951). Steps that go on in one direction make progress, however noisy, and do not lower the cap.
    All draws of a step share one minibatch, whose noise V does not show: where a plate is subsampled, taking back is
    enough.
-2. Propose with rate ρ; evaluate the loss of the proposal *at the same noise*. Accept it unless it is worse by more
-   than one standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients. Of
-   a few pairs of which one exploded the standard error is as large as the mean: more than r² + D nats are no noise.
+2. Propose with rate ρ; evaluate the loss around the proposed mean *at the same noise* and the same scales, of which ĝ
+   is the gradient: what a few draws make of D new scales would be noise. Accept unless it is worse by more than one
+   standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients. Of a few
+   pairs of which one exploded the standard error is as large as the mean: more than r² + D nats are no noise.
 3. Accepted at once: ρ ← min(1, 1.7 ρ) for the next step.
 
 `_recycled.py` has a search of its own, in which proposals may need no evaluation; the rules of this file are its, too.

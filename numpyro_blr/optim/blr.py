@@ -28,7 +28,7 @@ from ..families import (
     NormalNatural,
     Precision,
 )
-from ..gradients import Draws, Estimate, Extras, hessian, hutchinson, reparameterized
+from ..gradients import Draws, Estimate, Extras, hessian, hutchinson, parted, reparameterized
 from . import _options, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
 from ._gaussian import State, all_finite, beside, init, scales_of, select, step, tempered
@@ -92,8 +92,8 @@ class BLR(numpyro.optim._NumPyroOptim):
             is inside its own Monte Carlo error.
         estimator: of E_q[∇²ℓ]. `"hessian"`: dense Hessians, the choice of `"auto"` up to 256 coordinates and for
             full-rank guides; D + 1 gradients a draw, won back in steps. `"hutchinson"`: the diagonal from
-            Hessian-vector products, about 3 gradients a draw; the choice of `"auto"` beyond. `"gradient"`: the stock
-            gradient alone, at the host's own draws; noisy, so it needs a `learning_rate`.
+            Hessian-vector products, 2 gradients a site (of at most 8) and 1, a draw; the choice of `"auto"` beyond.
+            `"gradient"`: the stock gradient alone, at the host's own draws; noisy, so it needs a `learning_rate`.
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
             most: a step begins with one pair. Not used by `estimator="gradient"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q). 1 is Bayes.
@@ -324,7 +324,8 @@ class BLR(numpyro.optim._NumPyroOptim):
         probes = None
         if gaussian is not None and isinstance(gaussian.precision, DiagonalPrecision):
             key = jax.random.fold_in(_svi.key_of(fn, opt_state.layout, opt_state.params), PROBES)
-            probes = jax.random.rademacher(key, (self.num_draws, *gaussian.loc.shape), gaussian.loc.dtype)
+            signs = jax.random.rademacher(key, (self.num_draws, *gaussian.loc.shape), gaussian.loc.dtype)
+            probes = parted(signs, opt_state.layout.blocks)
         return Draws(number=number, sign=sign, probes=probes)
 
     def _estimator(self, precision: Precision, blocks: tuple[Block, ...], forward: bool) -> Callable[..., Estimate]:

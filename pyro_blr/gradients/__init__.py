@@ -11,6 +11,7 @@ from ._estimate import losses_of as losses_of
 from .hessian import hessian as hessian
 from .hessian import hessians_at as hessians_at
 from .hutchinson import hutchinson as hutchinson
+from .hutchinson import parted as parted
 from .reparameterized import reparameterized as reparameterized
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "hessians_at",
     "hutchinson",
     "losses_of",
+    "parted",
     "reparameterized",
 ]

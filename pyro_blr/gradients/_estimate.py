@@ -38,7 +38,8 @@ class Draws(NamedTuple):
     Attributes:
         number: [S], which noise; the objective turns it into ε.
         sign: [S], +1 for the first half and −1 for the second.
-        probes: [S, D] Rademacher vectors for curvature products, or None where no estimator asks for them.
+        probes: [S, P, D] vectors for curvature products, Rademacher in each of P parts of the coordinates and zero in
+            the others, or None where no estimator asks for them.
         members: the values of sites outside the Gaussian, for each of the S; passed through to the objective.
         noise: ε itself, [S, D], where the caller makes it; `number` and `sign` then play no part.
     """

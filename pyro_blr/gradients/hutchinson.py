@@ -1,9 +1,11 @@
-"""The diagonal of E_q[H] from Hessian-vector products: diag H ≈ u ⊙ (H u) with u Rademacher.
+"""The diagonal of E_q[H] from Hessian-vector products: diag H ≈ Σ_p u_p ⊙ (H u_p), u_p Rademacher in a part p.
 
-Unbiased, and exact for a diagonal Hessian, since u ⊙ u = 1: the noise comes from the off-diagonal entries alone.
-Costs about three gradients a draw whatever D is; the automatic choice where a dense Hessian is too large.
+The parts are the sites of the guide. Unbiased; as u ⊙ u = 1, the noise comes from the off-diagonal entries between
+coordinates of one part alone. Exact where those are zero, however the parts are coupled: the rows of a plate are
+independent given the other sites, and a single probe for all would see their coupling to these as noise. Costs two
+gradients a part and one, a draw, whatever D is; the automatic choice where a dense Hessian is too large.
 
-Source: Hutchinson 1990; Bekas, Kokiopoulou & Saad 2007 for the diagonal.
+Source: Hutchinson 1990; Bekas, Kokiopoulou & Saad 2007 for the diagonal and for probes that leave coordinates out.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..families import Block
 from ._estimate import Draws, Estimate, Objective, at_every_draw, average_over_pairs, value_and_gradient
 
-__all__ = ["hutchinson"]
+__all__ = ["hutchinson", "parted"]
+
+MAX_PARTS = 8
 
 
 def hutchinson(
@@ -26,36 +31,48 @@ def hutchinson(
     others: Any,
     draws: Draws,
 ) -> Estimate:
-    """E_q[g] and an estimate of diag E_q[∇²ℓ] at the given draws, one probe u a draw."""
+    """E_q[g] and an estimate of diag E_q[∇²ℓ] at the given draws, of which each has its probes."""
     probes = draws.probes
     assert probes is not None  # the rule makes them for a diagonal precision
 
     def at_draw(draw: Draws):
+        assert draw.probes is not None
         loss, extras, gradient, location = value_and_gradient(objective, loc, scales, others, draw)
-        product = torch.zeros_like(loc)
+        products = torch.zeros_like(draw.probes)
         if gradient.requires_grad:  # not where ℓ is linear
-            (product,) = torch.autograd.grad(gradient, location, draw.probes, materialize_grads=True)
-        return loss, gradient.detach(), product, extras
+            for product, probe in zip(products, draw.probes, strict=True):
+                product += torch.autograd.grad(gradient, location, probe, retain_graph=True, materialize_grads=True)[0]
+        return loss, gradient.detach(), products, extras
 
-    (losses, gradients, products), extras = at_every_draw(objective, _product, at_draw, loc, scales, draws, probes)
-    return average_over_pairs(losses, gradients, probes * products, extras, cost=3)
+    (losses, gradients, products), extras = at_every_draw(objective, _products, at_draw, loc, scales, draws, probes)
+    return average_over_pairs(losses, gradients, (probes * products).sum(1), extras, cost=1 + 2 * probes.shape[1])
 
 
-def _product(loss: Callable[..., Tensor], forward: bool) -> Callable[..., tuple[Tensor, ...]]:
-    """(L, g, H u) of one draw."""
+def parted(signs: Tensor, blocks: tuple[Block, ...]) -> Tensor:
+    """The probes [S, P, D] with `signs` [S, D] in a part for each block; every eighth shares one."""
+    parts = signs.new_zeros((min(len(blocks), MAX_PARTS), signs.shape[-1]))
+    for number, block in enumerate(blocks):
+        parts[number % MAX_PARTS, block.start : block.stop] = 1
+    return signs[:, None] * parts
 
-    def at_draw(loc: Tensor, scales: tuple[Tensor | None, ...], probe: Tensor):
+
+def _products(loss: Callable[..., Tensor], forward: bool) -> Callable[..., tuple[Tensor, ...]]:
+    """(L, g, H u of every probe) of one draw."""
+
+    def at_draw(loc: Tensor, scales: tuple[Tensor | None, ...], probes: Tensor):
         def derivatives(loc: Tensor) -> tuple[Tensor, Tensor]:
             return torch.func.grad_and_value(loss)(loc, scales)
 
         found: Any
         if forward:
-            found = torch.func.jvp(derivatives, (loc,), (probe,))
-            (gradient, value), (product, _) = found
+            shared: Any = (None, 0)  # the derivatives themselves are the same for every probe
+            push = torch.func.vmap(lambda probe: torch.func.jvp(derivatives, (loc,), (probe,)), out_dims=shared)
+            found = push(probes)
+            (gradient, value), (products, _) = found
         else:
             found = torch.func.vjp(derivatives, loc)
             (gradient, value), pull_back = found
-            (product,) = pull_back((probe, torch.zeros_like(value)))
-        return value, gradient, product
+            (products,) = torch.func.vmap(lambda probe: pull_back((probe, torch.zeros_like(value))))(probes)
+        return value, gradient, products
 
     return at_draw

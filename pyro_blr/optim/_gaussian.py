@@ -130,8 +130,10 @@ def step(
 
     def propose_and_evaluate(rate: float) -> tuple[tuple[Tensor, Precision], Tensor]:
         loc, precision = propose(rate)
-        proposed_scales = scales_of(precision, blocks, state.radius)
-        return (loc, precision), losses_at(objective, loc, proposed_scales, others, draws)
+        if not all_finite(loc, field_of(precision), *scales_of(precision, blocks, state.radius)):
+            return (loc, precision), torch.full_like(estimate.losses, torch.nan)
+        assert draws is not None  # without, a rate is given
+        return (loc, precision), losses_of(objective, loc, scales, others, draws)  # of m alone, see `_rate.py`
 
     residual, error = _rate.residual_and_error(estimate, state.precision)
     if learning_rate is None:

@@ -28,7 +28,18 @@ from ..families import (
     NormalNatural,
     Precision,
 )
-from ..gradients import Draws, Estimate, Extras, Objective, each_draw, hessian, hutchinson, recycled, reparameterized
+from ..gradients import (
+    Draws,
+    Estimate,
+    Extras,
+    Objective,
+    each_draw,
+    hessian,
+    hutchinson,
+    parted,
+    recycled,
+    reparameterized,
+)
 from . import _options, _rate, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
 from ._gaussian import State, all_finite, beside, field_of, init, scales_of, step, tempered
@@ -94,8 +105,8 @@ class BLR(pyro.optim.PyroOptim):
             is inside its own Monte Carlo error.
         estimator: of E_q[∇²ℓ]. `"hessian"`: dense Hessians, the choice of `"auto"` up to 256 coordinates and for
             full-rank guides; D + 1 gradients a draw, won back in steps. `"hutchinson"`: the diagonal from
-            Hessian-vector products, about 3 gradients a draw; the choice of `"auto"` beyond. `"gradient"`: the stock
-            gradient alone, at the host's own draws; noisy, so it needs a `learning_rate`.
+            Hessian-vector products, 2 gradients a site (of at most 8) and 1, a draw; the choice of `"auto"` beyond.
+            `"gradient"`: the stock gradient alone, at the host's own draws; noisy, so it needs a `learning_rate`.
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
             most: a step begins with one pair. Not used by `estimator="gradient"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q). 1 is Bayes.
@@ -447,7 +458,7 @@ class BLR(pyro.optim.PyroOptim):
             loc = gaussian.loc
             generator = torch.Generator(loc.device).manual_seed(seed + 1 + self.num_draws)
             signs = torch.randint(2, (self.num_draws, len(loc)), generator=generator, device=loc.device)
-            probes = signs.to(loc.dtype) * 2 - 1
+            probes = parted(signs.to(loc.dtype) * 2 - 1, state.layout.blocks)
         return Draws(number=2 * list(range(num_pairs)), sign=[1.0] * num_pairs + [-1.0] * num_pairs, probes=probes)
 
     def _estimator(self, precision: Precision, blocks: tuple[Block, ...]) -> Callable[..., Estimate]:

@@ -12,6 +12,7 @@ from .. import cases, reference
 
 LOC = np.array([0.3, -0.6, 0.4, 0.1])
 PRECISION = 3 * cases.positive_definite(31)
+COUPLED = np.array([[3.0, 0.0, 0.7, -0.4], [0.0, 2.0, -1.1, 0.3], [0.7, -1.1, 4.0, 0.9], [-0.4, 0.3, 0.9, 1.0]])
 
 layouts = pytest.mark.parametrize("parts", cases.LAYOUTS.values(), ids=cases.LAYOUTS)
 learned_layouts = pytest.mark.parametrize(
@@ -55,17 +56,40 @@ def test_hessian_is_exact_on_a_quadratic_at_any_draw(backend, parts, random):
 
 def test_hutchinson_is_exact_on_a_diagonal_quadratic_for_any_probe(backend, random):
     problem, parts = cases.separable(), cases.LAYOUTS["diagonal"]
-    noise, probes = random.normal(size=(1, 4)), rademacher(random, 2, 4)
+    noise, probes = random.normal(size=(1, 4)), rademacher(random, 2, 1, 4)
     result = estimate(backend, "hutchinson", problem, parts, noise, probes)
     assert_allclose(backend.to_numpy(result.hessian), np.diagonal(problem.matrix), rtol=1e-12)
     assert_allclose(backend.to_numpy(result.gradient), problem.gradient(LOC), rtol=1e-12)
+
+
+def test_a_probe_a_site_is_exact_where_a_site_is_diagonal_however_it_is_coupled_to_others(backend, random):
+    """Rows of a plate given what they share. One probe for all takes the coupling for noise."""
+    parts = [cases.Part(0, (2,), "diagonal"), cases.Part(2, (1,), "diagonal"), cases.Part(3, (1,), "diagonal")]
+    problem = cases.Quadratic(COUPLED, np.zeros(4))
+    noise, signs = random.normal(size=(1, 4)), rademacher(random, 2, 4)
+    probes = backend.to_numpy(backend.gradients.parted(backend.array(signs), backend.blocks(parts)))
+    assert_array_equal(probes.sum(1), signs)
+    assert [sorted(map(len, map(np.flatnonzero, of_draw))) for of_draw in probes] == [[1, 1, 2]] * 2
+    result = estimate(backend, "hutchinson", problem, parts, noise, probes)
+    assert_allclose(backend.to_numpy(result.hessian), np.diagonal(COUPLED), rtol=1e-12)
+    assert int(result.evaluations) == 2 * (1 + 2 * 3), "a gradient, and a product for each part, of two draws"
+    single = estimate(backend, "hutchinson", problem, parts, noise, signs[:, None])
+    assert np.abs(backend.to_numpy(single.hessian) - np.diagonal(COUPLED)).max() > 0.1
+
+
+def test_more_than_eight_sites_share_eight_probes(backend, random):
+    parts = [cases.Part(start, (1,), "diagonal") for start in range(11)]
+    signs = rademacher(random, 2, 11)
+    probes = backend.to_numpy(backend.gradients.parted(backend.array(signs), backend.blocks(parts)))
+    assert probes.shape == (2, 8, 11)
+    assert_array_equal(probes.sum(1), signs)
 
 
 @pytest.mark.parametrize("name", ["hessian", "hutchinson"])
 def test_antithetic_pairs_cancel_the_noise_of_a_quadratic(backend, name, random):
     """Each pair by itself has the gradient at the mean: there is no Monte Carlo error to be seen between pairs."""
     problem, parts, noise = cases.quadratic(), cases.LAYOUTS["diagonal"], 10 * random.normal(size=(3, 4))
-    result = estimate(backend, name, problem, parts, noise, rademacher(random, 6, 4))
+    result = estimate(backend, name, problem, parts, noise, rademacher(random, 6, 1, 4))
     # the noise is ten standard deviations, so the rounding is of gradients ten times as large
     assert_allclose(backend.to_numpy(result.pair_gradients), [problem.gradient(LOC)] * 3, rtol=1e-11)
     assert np.ptp(backend.to_numpy(result.losses)) > 1, "the single draws do differ"
@@ -77,7 +101,7 @@ def test_a_linear_loss_has_no_curvature(backend, name, random):
         def loss(self, backend, z):
             return (backend.array([1.0, -2.0, 0.0, 3.0]) * z).sum()
 
-    noise, probes = random.normal(size=(2, 4)), rademacher(random, 4, 4)
+    noise, probes = random.normal(size=(2, 4)), rademacher(random, 4, 1, 4)
     result = estimate(backend, name, Linear(), cases.LAYOUTS["diagonal"], noise, probes)
     assert_array_equal(backend.to_numpy(result.hessian), 0)
     assert_array_equal(backend.to_numpy(result.gradient), [1.0, -2.0, 0.0, 3.0])
@@ -89,7 +113,7 @@ def test_a_linear_loss_has_no_curvature(backend, name, random):
 
 @layouts
 def test_hessian_and_hutchinson_are_the_averages_they_say(backend, parts, random):
-    problem, noise, probes = cases.student(), random.normal(size=(3, 4)), rademacher(random, 6, 4)
+    problem, noise, probes = cases.student(), random.normal(size=(3, 4)), rademacher(random, 6, 1, 4)
     factor = reference.factor_of(PRECISION, parts, cases.FIXED_SCALE)
     for name, given in (("hessian", None), ("hutchinson", probes)):
         result = estimate(backend, name, problem, parts, noise, probes)
@@ -152,7 +176,7 @@ def test_second_order_estimators_are_unbiased(backend, name, curvature_of, rando
         objective = backend.objective(problem, parts, eps[None])
         return flat(backend, getattr(backend.gradients, name)(objective, loc, scales, None, backend.draws(1, probes)))
 
-    noise, probes = random.normal(size=(NUM_ESTIMATES, 4)), rademacher(random, NUM_ESTIMATES, 2, 4)
+    noise, probes = random.normal(size=(NUM_ESTIMATES, 4)), rademacher(random, NUM_ESTIMATES, 2, 1, 4)
     check_unbiased(backend.map(one, noise, probes), truth, at_the_mean)
 
 

@@ -251,7 +251,7 @@ def test_forward_mode_is_reverse_mode_for_every_estimator(numpyro_bridge, random
     problem, parts = cases.student(), cases.LAYOUTS["dense"]
     loc, scales = jnp.asarray(random.normal(size=4)), numpyro_bridge.scales(cases.positive_definite(51), parts)
     objective = numpyro_bridge.objective(problem, parts, jnp.asarray(random.normal(size=(2, 4))))
-    gradients, probes = numpyro_bridge.gradients, jnp.asarray(random.choice([-1.0, 1.0], size=(4, 4)))
+    gradients, probes = numpyro_bridge.gradients, jnp.asarray(random.choice([-1.0, 1.0], size=(4, 1, 4)))
     draws = numpyro_bridge.draws(2, probes)
     for estimator in (gradients.hessian, gradients.hutchinson):
         ends = [estimator(objective, loc, scales, None, draws, forward=forward) for forward in (False, True)]
@@ -292,7 +292,7 @@ def test_other_parameters_get_the_averaged_gradient_of_the_same_draws(numpyro_br
     def objective(loc, scales, others, draw):
         return inner(loc + others["shift"], scales, None, draw)
 
-    draws = numpyro_bridge.draws(2, jnp.ones((4, 4)))
+    draws = numpyro_bridge.draws(2, jnp.ones((4, 1, 4)))
     others, scales = {"shift": jnp.zeros(4)}, numpyro_bridge.scales(precision, parts)
     estimate = getattr(numpyro_bridge.gradients, name)(objective, jnp.asarray(loc), scales, others, draws)
     factor = reference.factor_of(precision, parts, np.nan)
