@@ -388,7 +388,7 @@ def factored_estimate(weights: Weights, draw: np.ndarray, gradient: np.ndarray, 
 def factored_ivon(
     weights: Weights, gradient: np.ndarray, estimate: np.ndarray | None, rate: float, s: IVONSettings
 ) -> Weights:
-    """The default recursion, from ĝ and ĥ, or none; a step has a unit of s₀, of √128 s₀² where that is less."""
+    """The default recursion, from ĝ and ĥ, or none; a step has a unit of s = min(s₀, 0.3), √128 s² if that is less."""
     count = weights.count + 1
     momentum = s.beta1 * weights.momentum + (1 - s.beta1) * gradient
     hessian, steps = weights.hessian, 2 if s.paired else 1
@@ -414,8 +414,9 @@ def factored_ivon(
     )
     direction = nesterov / root
     decay = np.asarray(s.weight_decay)
-    prior_scale = 1 / np.sqrt(s.num_data * np.where(decay > 0, decay, 1 / s.num_data))
-    unit = np.minimum(prior_scale, np.sqrt(128) * prior_scale**2)
+    prior_scale = 1 / np.sqrt(s.num_data * np.where(decay > 0, decay, 1e-9))
+    scale = np.minimum(prior_scale, 0.3)
+    unit = np.minimum(scale, np.sqrt(128) * scale**2)
     return Weights(
         loc=weights.loc - rate * unit * np.clip(direction, -s.clip_radius, s.clip_radius),
         momentum=momentum,

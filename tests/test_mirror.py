@@ -83,8 +83,8 @@ DIFFERENCES = {
     "optim/_rate.py": {"not_worse"},  # JAX says which pairs of an array of a fixed size are there
     "optim/_ivon.py": {
         # tensors are written in place, and a part of a network is several of them
-        "__all__", "Prior.known", "State", "as_tensor", "average", "debias", "divergence_of_loc", "divergence_of_scale",
-        "echo", "init", "kl_divergence", "offset_from",
+        "__all__", "Prior.known", "State", "as_tensor", "at_most", "average", "debias", "divergence_of_loc",
+        "divergence_of_scale", "echo", "init", "kl_divergence", "offset_from",
         "residual", "stacks", "step", "surrogate", "there", "weighted_square", "Shapes",
     },
     "optim/ivon.py": {

@@ -20,14 +20,17 @@ it by then, with the noise of −ε and a share of s = (1 − β₁)/(1 − β�
 
 The posterior's precision and the preconditioner of the mean are two things: E_q[∇ℓ] = 0 is the same point for every
 preconditioner. `"factored"` moves the mean by the root of the averaged squares of the gradient at the drawn weights. Of
-a matrix it keeps the means of its rows and columns alone. Its unit u is the standard deviation s₀ of the prior, as if
-the coordinates were (w − m₀)/s₀, up to the s₀ = 1/√n of a matrix with n = 128 inputs; from there on it falls as s₀²,
-since an output is a sum over 1/s₀² inputs whose weights all move at once, and is not to move more in a wide network:
+a matrix it keeps the means of its rows and columns alone; where gradients are sparse, their product says little of an
+element, and c = 5 is what bounds it. Its unit u is the standard deviation s₀ of the prior, as if the coordinates were
+(w − m₀)/s₀, up to the s₀ = 1/√n of a matrix with n = 128 inputs; from there on it falls as s₀², since an output is a
+sum over 1/s₀² inputs whose weights all move at once, and is not to move more in a wide network. A prior wider than 0.3
+says that nothing is known of the weights, and not that they are as large:
 
     R, C ← β₃ (R, C) + (1 − β₃) mean over (columns, rows) of (ĝ + δ (m − m₀))²
     √v = √(R / mean(R)) √(C / (1 − β₃ᵗ))ᵀ                                            `roots_of`
     g̃ = β₁ ḡ/(1 − β₁ᵗ⁺¹) + (1 − β₁) ĝ/(1 − β₁ᵗ)                                      Nesterov momentum
-    direction = u clip((g̃ + δ (m − m₀)) / √v, ±c),    u = s₀ min(1, √n s₀)      each factor of √v at least 10⁻⁸
+    direction = u clip((g̃ + δ (m − m₀)) / √v, ±c)                              each factor of √v at least 10⁻⁸
+    u = s min(1, √n s),   s = min(s₀, 0.3)                                           `unit_of`
 
 `"posterior"` is the published recursion, in which the two coincide:
 
@@ -69,8 +72,8 @@ __all__ = [
 
 Weights = dict[str, Array]  # by site
 HESS_INIT, NARROW = 0.1, 8.0  # h₀, and s₀/σ₀ at least
+WIDE, WIDEST = 128, 0.3  # n, the inputs from which on a matrix has a unit in proportion to s₀²; s₀ at most
 START = 100  # steps in which h, over a part, is the plain mean of all ĥ
-WIDE = 128  # n, the inputs from which on a matrix has a unit in proportion to s₀²
 TINY = 1e-8  # as Adam's ε, what the root of the second moment of a gradient of the averaged loss is not below
 
 
@@ -314,9 +317,8 @@ def debias(memory: float, count: Array, dtype: jnp.dtype) -> Array:
 
 
 def unit_of(prior: Prior, num_data: float) -> Array:
-    """u = s₀ min(1, √n s₀), s₀ = 1/√(N δ), and 1 where the prior is not known."""
-    precision = num_data * prior.precision
-    scale = 1 / jnp.sqrt(jnp.where(precision > 0, precision, 1.0))
+    """u = s min(1, √n s), s = min(s₀, 0.3), s₀ = 1/√(N δ), or ∞ where the prior is not known."""
+    scale = jnp.minimum(1 / jnp.sqrt(num_data * prior.precision), WIDEST)
     return scale * jnp.minimum(1, math.sqrt(WIDE) * scale)
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "joint_noise",
     "key_of",
     "loss_of",
+    "mutable_state",
     "objective_of",
     "recyclable",
     "report_skipped",
@@ -64,6 +65,16 @@ def frame_of(method: Callable) -> FrameType | None:
     while frame is not None and frame.f_code is not method.__code__:
         frame = frame.f_back
     return frame
+
+
+def mutable_state() -> dict[str, Any]:
+    """What SVI.init has found of the host's mutable state, such as the averages of a BatchNorm, by site.
+
+    A copy: modules write into it when they are evaluated.
+    """
+    frame = frame_of(SVI.init)
+    state = None if frame is None else frame.f_locals.get("mutable_state")
+    return jax.tree.map(jnp.asarray, state or {})
 
 
 def check_loss(loss: Any, rule: str = "BLR") -> None:
@@ -133,7 +144,7 @@ def loss_of(svi: SVI, args: tuple, kwargs: dict) -> Callable:
     """SVI's loss before its first step, as the function of the unconstrained parameters that it hands an optimizer."""
 
     def fn(params: Mapping[str, Any]) -> tuple[Array, None]:
-        constrained = svi.constrain_fn(params)
+        constrained = svi.constrain_fn(params) | mutable_state()
         key = random.key(0)
         return svi.loss.loss(key, constrained, svi.model, svi.guide, *args, **kwargs, **svi.static_kwargs), None
 

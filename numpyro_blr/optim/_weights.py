@@ -47,7 +47,9 @@ def placeholders(layout: Layout, loc: Weights) -> dict[str, Array]:
     return {name: jnp.zeros_like(loc[site.name]) for site in layout.sites for name in (site.loc, site.scale) if name}
 
 
-def survey(svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]) -> tuple[float, dict]:
+def survey(
+    svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any], mutable_state: Mapping[str, Any]
+) -> tuple[float, dict]:
     """N and the prior of each site, in the units of the averaged loss, read off the model.
 
     N is the number of data that the loss stands for: the sum over the observed sites of the scale (of a subsampled
@@ -55,7 +57,7 @@ def survey(svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[
     whose parameters are constants; elsewhere δ = 0, and the prior's term stays in the loss.
     """
     kwargs = {**kwargs, **svi.static_kwargs}
-    constrained = svi.constrain_fn(dict(params))
+    constrained = {**svi.constrain_fn(dict(params)), **mutable_state}
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs, constrained))):
         raise TypeError(
             "IVON reads the number of data and the prior off the model in SVI.init, and was given traced values. "

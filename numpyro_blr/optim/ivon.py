@@ -26,6 +26,7 @@ from ._layout import Layout, recognise
 __all__ = ["IVON", "IVONState"]
 
 LEARNING_RATES = {"factored": 0.05, "posterior": 0.1}
+CLIP_RADII = {"factored": 5.0, "posterior": float("inf")}
 MEMORIES = {"factored": 0.9999, "posterior": 0.99999}  # of the curvature
 
 
@@ -77,7 +78,8 @@ class IVON(_NumPyroOptim):
 
     Args:
         learning_rate: α > 0, or a schedule, a function of the step 0, 1, 2, ...; None (the default) is 0.05 for
-            `preconditioner="factored"`, in units of min(s₀, √128 s₀²), s₀² the prior's variance; 0.1 for `"posterior"`.
+            `preconditioner="factored"`, in units of min(s, √128 s²) with s the prior's standard deviation, at most
+            0.3; 0.1 for `"posterior"`.
         preconditioner: of the mean. `"factored"`: root of the averaged squared gradients at the drawn weights, kept by
             rows and columns, with Nesterov momentum. `"posterior"`: the posterior's own; the published recursion.
         beta1: memory of the gradient's average.
@@ -85,7 +87,8 @@ class IVON(_NumPyroOptim):
         beta3: memory of the averaged squares, for `"factored"`.
         hess_init: h₀ > 0, the curvature of the averaged loss at the start: σ₀ = 1/√(N (h₀ + δ)). None: 0.1, and for
             `"factored"` so much that σ₀ is at most an eighth of the prior's; wider draws hide few data.
-        clip_radius: c, the longest element of the preconditioned gradient that a step takes.
+        clip_radius: c, the longest element of the preconditioned gradient that a step takes; None is 5 for
+            `"factored"`, ∞ for `"posterior"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q), or a function of the step. 1 is Bayes.
         accumulation_steps: updates whose gradients, each at a draw of its own, are averaged into one step.
         axis_name: of `jax.shard_map`, `pmap` or `vmap` under which the update runs: every position draws weights of
@@ -113,7 +116,7 @@ class IVON(_NumPyroOptim):
         beta2: float | None = None,
         beta3: float = 0.99,
         hess_init: float | None = None,
-        clip_radius: float = float("inf"),
+        clip_radius: float | None = None,
         temperature: float | Callable[[Array], Array] = 1.0,
         accumulation_steps: int = 1,
         axis_name: Any = None,
@@ -126,7 +129,8 @@ class IVON(_NumPyroOptim):
         self.beta2 = _options.checked_memory("beta2", MEMORIES[preconditioner] if beta2 is None else beta2)
         self.beta3 = _options.checked_memory("beta3", beta3)
         self.hess_init = None if hess_init is None else _options.checked_positive("hess_init", hess_init)
-        self.clip_radius = _options.checked_positive("clip_radius", clip_radius, finite=False)
+        radius = CLIP_RADII[preconditioner] if clip_radius is None else clip_radius
+        self.clip_radius = _options.checked_positive("clip_radius", radius, finite=False)
         self.temperature = _options.checked_schedule("temperature", temperature, may_be_zero=False)
         self.accumulation_steps = _options.checked_count("accumulation_steps", accumulation_steps)
         self.axis_name = axis_name
@@ -137,9 +141,10 @@ class IVON(_NumPyroOptim):
         _svi.check_params(params, "IVON")
         svi, args, kwargs = _svi.calling_svi(SVI.init, "IVON")
         _svi.check_loss(svi.loss, "IVON")
-        layout = recognise(svi, args, kwargs, params, learned_scales_only=True, rule="IVON")
+        mutable_state = _svi.mutable_state()
+        layout = recognise(svi, args, kwargs, params, mutable_state, learned_scales_only=True, rule="IVON")
         _weights.check_layout(layout)
-        num_data, priors = _weights.survey(svi, args, kwargs, layout, params)
+        num_data, priors = _weights.survey(svi, args, kwargs, layout, params, mutable_state)
         alone = svi.loss.num_particles == self.accumulation_steps == 1 and self.axis_name is None
         settings = Settings(
             num_data=num_data,

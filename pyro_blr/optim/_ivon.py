@@ -20,14 +20,17 @@ it by then, with the noise of −ε and a share of s = (1 − β₁)/(1 − β�
 
 The posterior's precision and the preconditioner of the mean are two things: E_q[∇ℓ] = 0 is the same point for every
 preconditioner. `"factored"` moves the mean by the root of the averaged squares of the gradient at the drawn weights. Of
-a matrix it keeps the means of its rows and columns alone. Its unit u is the standard deviation s₀ of the prior, as if
-the coordinates were (w − m₀)/s₀, up to the s₀ = 1/√n of a matrix with n = 128 inputs; from there on it falls as s₀²,
-since an output is a sum over 1/s₀² inputs whose weights all move at once, and is not to move more in a wide network:
+a matrix it keeps the means of its rows and columns alone; where gradients are sparse, their product says little of an
+element, and c = 5 is what bounds it. Its unit u is the standard deviation s₀ of the prior, as if the coordinates were
+(w − m₀)/s₀, up to the s₀ = 1/√n of a matrix with n = 128 inputs; from there on it falls as s₀², since an output is a
+sum over 1/s₀² inputs whose weights all move at once, and is not to move more in a wide network. A prior wider than 0.3
+says that nothing is known of the weights, and not that they are as large:
 
     R, C ← β₃ (R, C) + (1 − β₃) mean over (columns, rows) of (ĝ + δ (m − m₀))²
     √v = √(R / mean(R)) √(C / (1 − β₃ᵗ))ᵀ                                            `roots_of`
     g̃ = β₁ ḡ/(1 − β₁ᵗ⁺¹) + (1 − β₁) ĝ/(1 − β₁ᵗ)                                      Nesterov momentum
-    direction = u clip((g̃ + δ (m − m₀)) / √v, ±c),    u = s₀ min(1, √n s₀)      each factor of √v at least 10⁻⁸
+    direction = u clip((g̃ + δ (m − m₀)) / √v, ±c)                              each factor of √v at least 10⁻⁸
+    u = s min(1, √n s),   s = min(s₀, 0.3)                                           `unit_of`
 
 `"posterior"` is the published recursion, in which the two coincide:
 
@@ -68,8 +71,8 @@ __all__ = [
 Weights = dict[str, Tensor]  # by name of the part
 Shapes = tuple[tuple[int, torch.Size], ...]  # (k, shape): k tensors of this shape, one after another
 HESS_INIT, NARROW = 0.1, 8.0  # h₀, and s₀/σ₀ at least
+WIDE, WIDEST = 128, 0.3  # n, the inputs from which on a matrix has a unit in proportion to s₀²; s₀ at most
 START = 100  # steps in which h, over a part, is the plain mean of all ĥ
-WIDE = 128  # n, the inputs from which on a matrix has a unit in proportion to s₀²
 TINY = 1e-8  # as Adam's ε, what the root of the second moment of a gradient of the averaged loss is not below
 
 
@@ -317,12 +320,13 @@ def debias(memory: float, count: int) -> float:
 
 
 def unit_of(prior: Prior, num_data: float) -> Tensor | float:
-    """u = s₀ min(1, √n s₀), s₀ = 1/√(N δ), and 1 where the prior is not known."""
-    if not prior.known:
-        return 1.0
-    scale = (num_data * prior.precision) ** -0.5
-    narrow = math.sqrt(WIDE) * scale
-    return scale * (narrow.clamp(max=1) if isinstance(narrow, Tensor) else min(1.0, narrow))
+    """u = s min(1, √n s), s = min(s₀, 0.3), s₀ = 1/√(N δ), or ∞ where the prior is not known."""
+    scale = at_most(WIDEST, (num_data * prior.precision) ** -0.5) if prior.known else WIDEST
+    return scale * at_most(1.0, math.sqrt(WIDE) * scale)
+
+
+def at_most(limit: float, value: Tensor | float) -> Tensor | float:
+    return value.clamp(max=limit) if isinstance(value, Tensor) else min(limit, value)
 
 
 def divergence_of_loc(loc: Tensor, prior: Prior, num_data: float) -> Tensor:

@@ -28,6 +28,7 @@ from ._layout import Layout
 __all__ = ["IVON", "IVONState"]
 
 LEARNING_RATES = {"factored": 0.05, "posterior": 0.1}
+CLIP_RADII = {"factored": 5.0, "posterior": float("inf")}
 MEMORIES = {"factored": 0.9999, "posterior": 0.99999}  # of the curvature
 
 Statistics = list[tuple[str, Tensor, Tensor]]
@@ -89,7 +90,8 @@ class IVON(pyro.optim.PyroOptim):
 
     Args:
         learning_rate: α > 0, or a schedule, a function of the step 0, 1, 2, ...; None (the default) is 0.05 for
-            `preconditioner="factored"`, in units of min(s₀, √128 s₀²), s₀² the prior's variance; 0.1 for `"posterior"`.
+            `preconditioner="factored"`, in units of min(s, √128 s²) with s the prior's standard deviation, at most
+            0.3; 0.1 for `"posterior"`.
         preconditioner: of the mean. `"factored"`: root of the averaged squared gradients at the drawn weights, kept by
             rows and columns, with Nesterov momentum. `"posterior"`: the posterior's own; the published recursion.
         beta1: memory of the gradient's average.
@@ -97,7 +99,8 @@ class IVON(pyro.optim.PyroOptim):
         beta3: memory of the averaged squares, for `"factored"`.
         hess_init: h₀ > 0, the curvature of the averaged loss at the start: σ₀ = 1/√(N (h₀ + δ)). None: 0.1, and for
             `"factored"` so much that σ₀ is at most an eighth of the prior's; wider draws hide few data.
-        clip_radius: c, the longest element of the preconditioned gradient that a step takes.
+        clip_radius: c, the longest element of the preconditioned gradient that a step takes; None is 5 for
+            `"factored"`, ∞ for `"posterior"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q), or a function of the step. 1 is Bayes.
         accumulation_steps: updates whose gradients, each at a draw of its own, are averaged into one step.
         process_group: of `torch.distributed`: every worker draws weights of its own, and the gradients are averaged
@@ -128,7 +131,7 @@ class IVON(pyro.optim.PyroOptim):
         beta2: float | None = None,
         beta3: float = 0.99,
         hess_init: float | None = None,
-        clip_radius: float = float("inf"),
+        clip_radius: float | None = None,
         temperature: float | Callable[[int], float] = 1.0,
         accumulation_steps: int = 1,
         process_group: Any = None,
@@ -141,7 +144,8 @@ class IVON(pyro.optim.PyroOptim):
         self.beta2 = _options.checked_memory("beta2", MEMORIES[preconditioner] if beta2 is None else beta2)
         self.beta3 = _options.checked_memory("beta3", beta3)
         self.hess_init = None if hess_init is None else _options.checked_positive("hess_init", hess_init)
-        self.clip_radius = _options.checked_positive("clip_radius", clip_radius, finite=False)
+        radius = CLIP_RADII[preconditioner] if clip_radius is None else clip_radius
+        self.clip_radius = _options.checked_positive("clip_radius", radius, finite=False)
         self.temperature = _options.checked_schedule("temperature", temperature, may_be_zero=False)
         self.accumulation_steps = _options.checked_count("accumulation_steps", accumulation_steps)
         self.process_group = _checked_group(process_group)

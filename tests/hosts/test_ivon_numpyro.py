@@ -23,7 +23,7 @@ jnp, dist = jax.numpy, numpyro.distributions
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO  # noqa: E402
 from numpyro.infer.autoguide import AutoNormal  # noqa: E402
 
-from numpyro_blr import IVON  # noqa: E402
+from numpyro_blr import BLR, IVON  # noqa: E402
 from numpyro_blr.optim import _noise, _weights  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("numpyro_bridge")
@@ -299,6 +299,36 @@ def test_a_module_of_nnx_is_a_model():
     assert result.losses[-50:].mean() < result.losses[:5].mean() - 1000
     assert_allclose(result.params["net/kernel_auto_loc"][:, 0], [1.0, -2.0], atol=0.1)
     assert_allclose(result.params["net/bias_auto_loc"], 0.5, atol=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:BLR. the parameters net.params")
+@pytest.mark.parametrize("rule", [IVON, BLR])
+def test_a_module_with_mutable_state_keeps_its_averages(rule):
+    """BatchNorm, whose averages SVI carries: IVON over the weights, and BLR beside them in the model."""
+    linen = pytest.importorskip("flax.linen", reason="needs flax, of the extra `examples`")
+    from numpyro.contrib.module import flax_module, random_flax_module
+
+    norm = linen.BatchNorm(use_running_average=False, momentum=0.5)
+    options = {"input_shape": (1, 2), "mutable": ["batch_stats"]}
+
+    def model(x, y):
+        if rule is IVON:
+            net = random_flax_module("net", norm, dist.Normal(0.0, 1.0), **options)
+        else:
+            net = flax_module("net", norm, **options)
+        noise = numpyro.sample("noise", dist.HalfNormal(1.0))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("y", dist.Normal(net(x).sum(-1), noise), obs=y)
+
+    x = 3 + np.random.default_rng(0).normal(size=(50, 2))
+    y = (x - x.mean(0)).sum(-1) / x.std(0).mean()
+    svi = SVI(model, AutoNormal(model), rule(), Trace_ELBO())
+    with jax.numpy_dtype_promotion("standard"):  # flax makes the averages in single precision
+        result = svi.run(jax.random.key(0), 60, x, y, progress_bar=False)
+    assert result.losses[-10:].mean() < result.losses[:5].mean()
+    stats = result.state.mutable_state["net$state"]["batch_stats"]
+    assert_allclose(stats["mean"], x.mean(0), rtol=1e-6)
+    assert_allclose(stats["var"], x.var(0), rtol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

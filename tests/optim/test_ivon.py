@@ -622,6 +622,38 @@ def test_a_site_that_takes_no_part_in_the_likelihood_goes_to_its_prior(backend):
     assert_allclose(scale, 0.5, rtol=0.02)
 
 
+SEEN = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.01, 0.0]])
+
+
+@pytest.mark.parametrize("prior_scale", [0.2, 10.0])
+def test_no_element_of_a_step_is_out_of_proportion(backend, prior_scale):
+    """Rows and columns say little of an element that few data see; a wide prior does not make the steps as wide.
+
+    With no bound but the prior's, elements moved by thousands of units, and of 10 each.
+    """
+
+    def make(host):
+        def model(x, y):
+            first = host.sample("first", host.dist.Normal(host.array(np.zeros((4, 3))), prior_scale).to_event(2))
+            second = host.sample("second", host.dist.Normal(host.array(np.zeros(3)), prior_scale).to_event(1))
+            with host.plate("data", 4):
+                host.sample("y", host.dist.Normal(host.xp.tanh(x @ first) @ second, 0.1), obs=y)
+
+        return model
+
+    start = {"first": np.linspace(-0.5, 0.5, 12).reshape(4, 3), "second": np.array([0.4, -0.2, 0.1])}
+    guide = cases.started("AutoNormal", start)
+    fit = backend.start(make, guide, (SEEN, np.array([1.0, -1.0, 0.5, 2.0])), rule="IVON")
+    unit, longest, before = min(prior_scale, 0.3), 0.0, start
+    for _ in range(25):
+        params = fit.run(1).params
+        after = {name: params[fit.param_names(name)[0]] for name in start}
+        steps = [np.abs(after[name] - before[name]).max() / (0.05 * unit) for name in start]
+        longest, before = max(longest, *steps), after
+    assert 1 < longest <= 5 * (1 + 1e-12)
+    assert max(np.abs(value).max() for value in before.values()) < 2
+
+
 def test_the_parameters_of_no_site_move_by_the_other_optimizer(backend):
     """By the gradient of the loss itself, at the draw of the step."""
     y = np.array([1.5, 2.0, 3.0])
