@@ -12,7 +12,9 @@ what the last one did is noise.
    at the fresh draws, and its rate shortened as `_rate.py` does.
 3. Steps at ρ = 1/2 on the pool alone, each with its own ĝ and Ĥ, while the pool covers them and until they move by a
    tenth of their own error: no evaluation of the model. They run along the slow directions of the fixed-point map
-   (the scale of a hierarchy and what it scales), which would cost a stochastic step each.
+   (the scale of a hierarchy and what it scales), which would cost a stochastic step each. Where Ĥ grows faster with
+   the scales than S falls, as in heavy tails, a step in S leads beyond the fixed point, and the next ones with it
+   around in a circle: they are as much shorter as the secant says that this one was too long (Irons & Tuck 1969).
 
 The n-th step that is noise by the rule of `_rate.py` caps the rate at 2 / (n + 2), times the draws that the pool is
 worth over the draws of a step: where the pool averages the noise away, the rate need not.
@@ -36,7 +38,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..families import Block, DensePrecision, Precision
+from ..families import Block, DensePrecision
 from ..gradients import Draws, Objective, hessians_at, recycled
 from . import _rate
 from ._gaussian import State, all_finite, scales_of, select, skipped
@@ -47,6 +49,7 @@ MAX_NUMBERS = 2**22  # of the Hessians that are kept
 MAX_PAIRS = 256
 COVERED = 8.0
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
+SHORTEST = 0.1  # share of a step that was too long
 FAR, TRUST = 1e12, 100.0  # r²; a precision
 NARROWER, NARROWEST = 1 / 16, 1 / 256  # of the radius
 
@@ -80,7 +83,7 @@ class _Place(NamedTuple):
     """A Gaussian and the pool's estimate there, with r², V and L = E_q[ℓ]/τ."""
 
     loc: Array
-    precision: Precision
+    precision: DensePrecision
     moments: recycled.Moments
     residual: Array
     error: Array
@@ -94,7 +97,7 @@ class _Place(NamedTuple):
     def noisy(self) -> Array:
         return ~self.far & (self.residual < _rate.NOISE_RATIO * self.error)
 
-    def step(self, rate: Array, far: Array, downhill: Array) -> tuple[Array, Precision]:
+    def step(self, rate: Array, far: Array, downhill: Array) -> tuple[Array, DensePrecision]:
         """(m, S) after a step of the rule, or from far away after one by the rule or down log L."""
         gradient, hessian = self.moments.gradient, self.moments.hessian
         slope = gradient / self.loss
@@ -105,6 +108,14 @@ class _Place(NamedTuple):
         direction = precision.solve(jnp.where(downhill, slope / 2, gradient))  # downhill of P/2, and half the slope
         return self.loc - rate * direction, select(far, trust, precision)
 
+    def share(self, there: _Place) -> Array:
+        """Of the step in S from here, how far Ĥ = S was by the secant, in the Fisher metric; 1 where not yet behind."""
+        moved = there.precision.matrix - self.precision.matrix
+        weights = self.precision.solve(self.precision.solve(moved).T)
+        was, now = ((weights * (place.moments.hessian - place.precision.matrix)).sum() for place in (self, there))
+        beyond = (was > 0) & (now < 0)
+        return jnp.where(beyond, jnp.maximum(was / jnp.where(beyond, was - now, 1), SHORTEST), 1)
+
 
 class _Search(NamedTuple):
     """A step under way: a look at where it starts, then proposals, taken or refused, then steps on the pool alone.
@@ -113,7 +124,7 @@ class _Search(NamedTuple):
         here: where it is.
         start: where it started.
         first_rate: of the first proposal; `rate` is that of the next one.
-        proposals: made so far until one was taken; `inner` steps since.
+        proposals: made so far until one was taken; `inner` steps since, the next of them at `inner_rate`.
         before, by_rule: far away, the loss close around the mean of `start`, and around that of a step of the rule.
         looked: whether `start` is known; `taken`: whether a proposal was.
         going: whether to go on.
@@ -125,6 +136,7 @@ class _Search(NamedTuple):
     rate: Array
     proposals: Array
     inner: Array
+    inner_rate: Array
     before: Array
     by_rule: Array
     looked: Array
@@ -156,6 +168,7 @@ def step(
     changed = digest != state.recycling.digest
     recycling = replace(state.recycling, pool=recycled.emptied(state.recycling.pool, changed), digest=digest)
     state = replace(state, recycling=recycling)
+    assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
     max_pairs, dtype = len(noise), state.loc.dtype
     num_drawn, pool, losses, usable = _fresh(state, objective, blocks, noise, temperature, forward)
     fresh = jnp.arange(max_pairs, dtype=jnp.int32) < recycling.num_pairs
@@ -175,7 +188,7 @@ def step(
         here, looked, taken = search.here, search.looked, search.taken
         far, number = looked & search.start.far, search.proposals
         downhill = far & (number != 0) & (number != 2)
-        rate = jnp.where(taken, INNER_RATE, jnp.where(far & ~downhill, 1, search.rate))
+        rate = jnp.where(taken, search.inner_rate, jnp.where(far & ~downhill, 1, search.rate))
         loc, precision = select(looked, here.step(rate, far, downhill), (here.loc, here.precision))
         scales = scales_of(precision, blocks, state.radius)
         moments = recycled.moments(pool, blocks, loc, scales)
@@ -217,6 +230,7 @@ def step(
             rate=jnp.where(looked, next_rate, first_rate),
             proposals=proposals,
             inner=inner,
+            inner_rate=jnp.where(looked & covered, here.share(there), 1) * search.inner_rate,
             before=before,
             by_rule=by_rule,
             looked=jnp.ones((), bool),
@@ -225,11 +239,12 @@ def step(
         )
 
     nothing, none, no = jnp.zeros((), dtype), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    half = jnp.asarray(INNER_RATE, dtype)
     here = _Place(state.loc, state.precision, _unknown(pool), state.residual, state.error, jnp.ones((), dtype))
     end = lax.while_loop(
         lambda search: search.going,
         attempt,
-        _Search(here, here, nothing, nothing, none, none, nothing, nothing, no, no, going=usable),
+        _Search(here, here, nothing, nothing, none, none, half, nothing, nothing, no, no, going=usable),
     )
 
     start = end.start

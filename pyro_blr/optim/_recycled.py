@@ -12,7 +12,9 @@ what the last one did is noise.
    at the fresh draws, and its rate shortened as `_rate.py` does.
 3. Steps at ρ = 1/2 on the pool alone, each with its own ĝ and Ĥ, while the pool covers them and until they move by a
    tenth of their own error: no evaluation of the model. They run along the slow directions of the fixed-point map
-   (the scale of a hierarchy and what it scales), which would cost a stochastic step each.
+   (the scale of a hierarchy and what it scales), which would cost a stochastic step each. Where Ĥ grows faster with
+   the scales than S falls, as in heavy tails, a step in S leads beyond the fixed point, and the next ones with it
+   around in a circle: they are as much shorter as the secant says that this one was too long (Irons & Tuck 1969).
 
 The n-th step that is noise by the rule of `_rate.py` caps the rate at 2 / (n + 2), times the draws that the pool is
 worth over the draws of a step: where the pool averages the noise away, the rate need not.
@@ -36,7 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..families import Block, DensePrecision, Precision
+from ..families import Block, DensePrecision
 from ..gradients import Draws, Objective, hessians_at, recycled
 from . import _rate
 from ._gaussian import State, all_finite, losses_at, scales_of, skipped
@@ -47,6 +49,7 @@ MAX_NUMBERS = 2**22  # of the Hessians that are kept
 MAX_PAIRS = 256
 COVERED = 8.0
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
+SHORTEST = 0.1  # share of a step that was too long
 FAR, TRUST = 1e12, 100.0  # r²; a precision
 NARROWER, NARROWEST = 1 / 16, 1 / 256  # of the radius
 
@@ -78,7 +81,7 @@ class _Place(NamedTuple):
     """A Gaussian and the pool's estimate there, with r², V and L = E_q[ℓ]/τ."""
 
     loc: Tensor
-    precision: Precision
+    precision: DensePrecision
     moments: recycled.Moments
     residual: float
     error: float
@@ -92,7 +95,7 @@ class _Place(NamedTuple):
     def noisy(self) -> bool:
         return not self.far and self.residual < _rate.NOISE_RATIO * self.error
 
-    def step(self, rate: float, far: bool, downhill: bool) -> tuple[Tensor, Precision]:
+    def step(self, rate: float, far: bool, downhill: bool) -> tuple[Tensor, DensePrecision]:
         """(m, S) after a step of the rule, or from far away after one by the rule or down log L."""
         gradient, hessian = self.moments.gradient, self.moments.hessian
         trust = DensePrecision(TRUST * torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device))
@@ -104,6 +107,15 @@ class _Place(NamedTuple):
         half = trust.blend(curvature, 0.5)  # P/2, and so is the slope
         return self.loc - rate * half.solve(slope / 2), trust
 
+    def share(self, there: _Place) -> float:
+        """Of the step in S from here, how far Ĥ = S was by the secant, in the Fisher metric; 1 where not yet behind."""
+        moved = there.precision.matrix - self.precision.matrix
+        weights = self.precision.solve(self.precision.solve(moved).T)
+        was, now = (
+            float((weights * (place.moments.hessian - place.precision.matrix)).sum()) for place in (self, there)
+        )
+        return max(was / (was - now), SHORTEST) if was > 0 > now else 1.0
+
 
 class _Search(NamedTuple):
     """A step under way: proposals, taken or refused, and then steps on the pool alone.
@@ -111,7 +123,7 @@ class _Search(NamedTuple):
     Attributes:
         here: where it is.
         rate: of the next proposal.
-        proposals: made so far until one was taken; `inner` steps since.
+        proposals: made so far until one was taken; `inner` steps since, the next of them at `inner_rate`.
         before, by_rule: far away, the loss close around the mean of the start, and around that of a step of the rule.
         taken: whether one was.
         going: whether to go on.
@@ -121,6 +133,7 @@ class _Search(NamedTuple):
     rate: float
     proposals: int
     inner: int
+    inner_rate: float
     before: float
     by_rule: float
     taken: bool
@@ -149,11 +162,12 @@ def step(
     changed = digest != state.recycling.digest
     recycling = replace(state.recycling, pool=recycled.emptied(state.recycling.pool, changed), digest=digest)
     state = replace(state, recycling=recycling)
+    assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
     pairs = torch.stack([noise, -noise], 1)[: recycling.num_pairs]
     draws = Draws.at(pairs.flatten(0, 1))  # one object for all that is asked of them, whose noise is made once
     pool, losses, usable = _fresh(state, objective, blocks, pairs, draws, temperature)
 
-    def place(loc: Tensor, precision: Precision, scales: tuple[Any, ...]) -> _Place:
+    def place(loc: Tensor, precision: DensePrecision, scales: tuple[Any, ...]) -> _Place:
         moments = recycled.moments(pool, blocks, loc, scales)
         residual = float(_rate.squared_norm(moments.gradient, precision))
         error = recycled.squared_error(moments, precision)
@@ -183,7 +197,7 @@ def step(
     def attempt(search: _Search) -> _Search:
         here, taken = search.here, search.taken
         downhill = far and search.proposals not in (0, 2)
-        rate = INNER_RATE if taken else 1.0 if far and not downhill else search.rate
+        rate = search.inner_rate if taken else 1.0 if far and not downhill else search.rate
         loc, precision = here.step(rate, far, downhill)
         scales = scales_of(precision, blocks, state.radius)
         finite = all_finite(loc, precision.solve(loc), *scales)
@@ -208,11 +222,14 @@ def step(
             again = not taken and proposals < _rate.MAX_PROPOSALS
             # a step downhill that is but too short is the longer next time
             factor = _rate.GROW if downhill and lower else 1.0 if taken or (far and not downhill) else _rate.CUT
-            return _Search(here, factor * search.rate, proposals, inner, before, by_rule, taken, again)
+            return _Search(
+                here, factor * search.rate, proposals, inner, search.inner_rate, before, by_rule, taken, again
+            )
         again = covered and not settled and inner < MAX_INNER
-        return _Search(there, search.rate, proposals, inner, before, by_rule, True, again)
+        inner_rate = here.share(there) * search.inner_rate if again else search.inner_rate
+        return _Search(there, search.rate, proposals, inner, inner_rate, before, by_rule, True, again)
 
-    end = _Search(start, first_rate, 0, 0, math.nan, math.nan, False, True)
+    end = _Search(start, first_rate, 0, 0, INNER_RATE, math.nan, math.nan, False, True)
     while end.going:
         end = attempt(end)
 

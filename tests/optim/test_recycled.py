@@ -120,6 +120,28 @@ def valley(xp, z):
     return 1e8 * (z[0] - z[1]) ** 2 + (z[1] - 1) ** 2
 
 
+COVARIATE = np.random.default_rng(30).normal(size=40)
+SEPARATED = np.where(COVARIATE > 0.1, 1.0, -1.0)[:, None] * np.stack([np.ones(40), COVARIATE], axis=1)
+
+
+def heavy_tail(xp, z):
+    """A logistic regression on classes that a line parts, under Cauchy priors: a wider q sees steeper slopes."""
+    margins = xp.asarray(SEPARATED) @ z
+    return xp.log(1 + xp.exp(-margins)).sum() + xp.log(1 + (z / 2.5) ** 2).sum()
+
+
+def test_no_circle_around_the_fixed_point_of_a_heavy_tail(backend):
+    """The slope of S ↦ Ĥ is below −3 there: at ρ = 1/2 the scales change by a third every step, and by e⁵ at times."""
+    step, state = stepper(backend, heavy_tail), started(backend, [0.0, 0.0], np.eye(2))
+    random, changes = np.random.default_rng(0), []
+    for number in range(60):
+        before = backend.precision_array(state.precision)
+        state, *_ = step(state, random.normal(size=(4, 2)))
+        ratio = np.linalg.eigvals(np.linalg.solve(before, backend.precision_array(state.precision)))
+        changes += [np.abs(np.log(ratio.real)).max()] if number >= 30 else []
+    assert np.median(changes) < 0.1
+
+
 def test_a_pair_that_explodes_is_no_noise(backend):
     """Of two pairs of which one gets worse the standard error exceeds the mean, however much worse it gets."""
     not_worse, xp = backend.module("optim._rate").not_worse, backend.xp
