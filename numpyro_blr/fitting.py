@@ -55,6 +55,7 @@ class Check:
         residual: r²; `error` is V.
         rate: ρ of the last step that was taken.
         effective: draws that recycled ones are worth.
+        scale_cost: nats that noise of the scales costs, as V/2 is what that of the mean does.
         curvature: the smallest eigenvalue of S⁻¹ Ĥ, 1 where the rule is at rest.
         drift: by how much the parameters of other optimizers moved on, over their spread, between two thirds of the
             checks.
@@ -67,6 +68,7 @@ class Check:
     error: float = math.nan
     rate: float = math.nan
     effective: float = math.nan
+    scale_cost: float = math.nan
     curvature: float = math.nan
     drift: float = math.nan
 
@@ -181,6 +183,8 @@ def judge(checks: Sequence[Check], losses: np.ndarray, basis: str, tolerance: fl
     missing = _missing(now, basis, tolerance) or _missing(before, basis, tolerance)
     if missing:
         return False, missing
+    if math.isinf(now.elbo) or math.isinf(now.elbo_error):
+        return False, f"the ELBO of the guide is not finite: {now.elbo:.3g} ± {now.elbo_error:.3g}"
     rise = now.elbo - before.elbo
     if not rise <= max(tolerance, 2 * math.hypot(now.elbo_error, before.elbo_error)):
         return False, f"the ELBO still rose by {rise:.2g} nat from step {before.step} to {now.step}"
@@ -213,7 +217,9 @@ def _missing(check: Check, basis: str, tolerance: float) -> str:
 
 
 def _cost_of_noise(check: Check, basis: str) -> float:
-    """c V/2."""
+    """c V/2, and where it is known what noise of the scales costs beside."""
+    if basis == "recycled" and math.isfinite(check.scale_cost):
+        return check.error / 2 + check.scale_cost
     return check.error / 2 * (1 if basis == "recycled" else check.rate / (2 - check.rate))
 
 
@@ -332,10 +338,12 @@ def _warned(result: Fit, opt_state: OptState, max_steps: int) -> Fit:
         return result
     result = replace(result, pareto_k=result.psis(PSIS_DRAWS))
     if result.converged and result.pareto_k > MAX_PARETO_K:  # else it may be the fit, and not the family
+        full_rank = [block.structure for block in opt_state.layout.blocks] == ["dense"]
+        richer = "Reparametrise" if full_rank else "Try a full-rank guide (AutoMultivariateNormal), or reparametrise"
         warn(
             f"the guide does not cover the posterior: the Pareto k̂ of its importance weights is {result.pareto_k:.2f}, "
-            f"and above {MAX_PARETO_K} its means and variances are not to be trusted. Try a full-rank guide "
-            "(AutoMultivariateNormal), or reparametrise the model (non-centred hierarchies: LocScaleReparam)."
+            f"and above {MAX_PARETO_K} its means and variances are not to be trusted. {richer} the model (non-centred "
+            "hierarchies: LocScaleReparam)."
         )
     return result
 
@@ -348,11 +356,14 @@ def _show(bar: Any, num_steps: int, check: Check) -> None:
 
 
 class _AtEnd(NamedTuple):
-    """What the recycled draws say of the last state: the ELBO, n, Ĥ [D, D], ĝ [D], and its deviation by pair [K, D]."""
+    """What the recycled draws say of the last state: the ELBO, n, what noise of the scales costs, Ĥ [D, D], ĝ [D], and
+    its deviation by pair [K, D].
+    """
 
     elbo: Array
     elbo_error: Array
     effective: Array
+    scale_cost: Array
     hessian: Array
     gradient: Array
     deviations: Array
@@ -366,7 +377,8 @@ def _at_end(opt_state: OptState) -> _AtEnd | None:
     estimate = recycled.moments(gaussian.recycling.pool, blocks, gaussian.loc, scales)
     elbo, elbo_error = recycled.elbo(gaussian.recycling.pool, estimate.weights, blocks, gaussian.loc, scales)
     deviations = estimate.deviations.sum(1)
-    return _AtEnd(elbo, elbo_error, estimate.effective, estimate.hessian, estimate.gradient, deviations)
+    scale_cost = recycled.scale_cost(gaussian.recycling.pool, estimate, blocks, scales)
+    return _AtEnd(elbo, elbo_error, estimate.effective, scale_cost, estimate.hessian, estimate.gradient, deviations)
 
 
 def _advance_compiled(svi: SVI, args: tuple, kwargs: dict, max_steps: int, *, optimized: bool) -> Callable:
@@ -451,7 +463,9 @@ def _check(
         elbo_error *= math.sqrt(effective / (effective - 2))  # of n/2 pairs
         precision: Any = gaussian.precision  # type: ignore[union-attr]
         curvature = _least_curvature(np.asarray(precision.matrix), np.asarray(at_end.hessian))
-        return Check(steps, temperature * elbo, temperature * elbo_error, residual, error, rate, effective, curvature)
+        scale_cost = float(at_end.scale_cost)
+        elbo, elbo_error = temperature * elbo, temperature * elbo_error
+        return Check(steps, elbo, elbo_error, residual, error, rate, effective, scale_cost, curvature)
     if basis == "exact":
         return Check(steps, -float(losses[-1]), 0.0, rate=rate)
     mean, elbo_error = _mean_and_error(losses[-max(2, steps // 3) :])

@@ -117,6 +117,9 @@ def test_two_quiet_checks_are_convergence_and_one_is_not(judge):
     [
         ({"residual": 0.01}, "still gain"),  # 5 V, and 0.005 nat
         ({"error": 0.1}, "noise still cost"),
+        ({"scale_cost": 0.02}, "noise still cost about 0.02"),
+        ({"elbo_error": math.inf}, "not finite"),
+        ({"elbo": -math.inf}, "not finite"),
         ({"effective": 7.0}, "worth 7.0"),
         ({"residual": math.nan}, "still gain"),
         ({"error": math.nan}, "noise still cost"),
@@ -214,7 +217,8 @@ def test_a_fit_stops_by_itself_at_the_optimum(backend, of_poisson):
 
 def test_the_history_has_a_number_for_each_check(backend, of_poisson):
     steps = of_poisson.history["step"]
-    names = {"step", "elbo", "elbo_error", "residual", "error", "rate", "effective", "curvature", "drift"}
+    names = {"step", "elbo", "elbo_error", "residual", "error", "rate"}
+    names |= {"effective", "scale_cost", "curvature", "drift"}
     assert of_poisson.history.keys() == names
     assert all(len(values) == len(steps) for values in of_poisson.history.values())
     assert steps[-1] == of_poisson.steps == len(of_poisson.losses)

@@ -33,7 +33,19 @@ from jax.scipy.linalg import cho_solve
 
 from ..families import Block, Precision
 
-__all__ = ["Moments", "Pool", "append", "elbo", "emptied", "init", "moments", "scaled", "squared_error", "standardized"]
+__all__ = [
+    "Moments",
+    "Pool",
+    "append",
+    "elbo",
+    "emptied",
+    "init",
+    "moments",
+    "scale_cost",
+    "scaled",
+    "squared_error",
+    "standardized",
+]
 
 REGULAR, MAX_SHIFT = 2.0, 0.25
 FORGOTTEN = 4  # of a full pool, one pair in so many
@@ -211,6 +223,17 @@ def squared_error(moments: Moments, precision: Precision) -> Array:
     return jnp.where(num_pairs > 1, spread * num_pairs / jnp.maximum(num_pairs - 1, 0.5), 0)
 
 
+def scale_cost(pool: Pool, moments: Moments, blocks: tuple[Block, ...], scales: tuple[Any, ...]) -> Array:
+    """¼ E‖Cᵀ (Ĥ − E_q[H]) C‖² within the blocks: nats that noise of the scales costs, from the spread over pairs."""
+    groups = _groups(blocks)
+    factor = scaled(blocks, scales, jnp.eye(len(groups), dtype=pool.points.dtype)).T
+    deviations = jnp.einsum("kj,kjab->kab", moments.weights, pool.hessians)
+    deviations -= moments.weights.sum(1)[:, None, None] * moments.hessian
+    whitened = jnp.where(groups[:, None] == groups, factor.T @ deviations @ factor, 0)
+    num_pairs = moments.effective / 2
+    return (whitened**2).sum() / 4 * num_pairs / jnp.maximum(num_pairs - 1, 0.5)
+
+
 def elbo(
     pool: Pool, weights: Array, blocks: tuple[Block, ...], loc: Array, scales: tuple[Any, ...]
 ) -> tuple[Array, Array]:
@@ -265,6 +288,15 @@ def _whitener(blocks: tuple[Block, ...], scales: tuple[Any, ...]) -> Array:
         else:
             parts.append(jnp.diag(1 / scale.reshape(-1)))
     return parts[0] if len(parts) == 1 else jax.scipy.linalg.block_diag(*parts)
+
+
+def _groups(blocks: tuple[Block, ...]) -> np.ndarray:
+    """A number for each coordinate, the same for those of one event of a full-rank block."""
+    parts = []
+    for block in blocks:
+        event = block.shape[-1] if block.structure == "dense" else 1
+        parts.append(block.start + np.arange(block.size) // event)
+    return np.concatenate(parts)
 
 
 def scaled(blocks: tuple[Block, ...], scales: tuple[Any, ...], noise: Array) -> Array:

@@ -33,7 +33,19 @@ from torch.linalg import solve_triangular
 
 from ..families import Block, Precision
 
-__all__ = ["Moments", "Pool", "append", "elbo", "emptied", "init", "moments", "scaled", "squared_error", "standardized"]
+__all__ = [
+    "Moments",
+    "Pool",
+    "append",
+    "elbo",
+    "emptied",
+    "init",
+    "moments",
+    "scale_cost",
+    "scaled",
+    "squared_error",
+    "standardized",
+]
 
 REGULAR, MAX_SHIFT = 2.0, 0.25
 FORGOTTEN = 4  # of a full pool, one pair in so many
@@ -187,6 +199,17 @@ def squared_error(moments: Moments, precision: Precision) -> float:
     return spread * num_pairs / max(num_pairs - 1, 0.5)
 
 
+def scale_cost(pool: Pool, moments: Moments, blocks: tuple[Block, ...], scales: tuple[Any, ...]) -> float:
+    """¼ E‖Cᵀ (Ĥ − E_q[H]) C‖² within the blocks: nats that noise of the scales costs, from the spread over pairs."""
+    groups = _groups(blocks).to(pool.points.device)
+    factor = scaled(blocks, scales, torch.eye(len(groups)).to(pool.points)).T
+    deviations = torch.einsum("kj,kjab->kab", moments.weights, pool.hessians)
+    deviations -= moments.weights.sum(1)[:, None, None] * moments.hessian
+    whitened = (factor.T @ deviations @ factor)[:, groups[:, None] == groups]
+    num_pairs = moments.effective / 2
+    return float((whitened**2).sum()) / 4 * num_pairs / max(num_pairs - 1, 0.5)
+
+
 def elbo(
     pool: Pool, weights: Tensor, blocks: tuple[Block, ...], loc: Tensor, scales: tuple[Any, ...]
 ) -> tuple[float, float]:
@@ -225,6 +248,15 @@ def standardized(
         for block, scale in zip(blocks, scales, strict=True)
     )
     return noise, torch.as_tensor(log_determinant)
+
+
+def _groups(blocks: tuple[Block, ...]) -> Tensor:
+    """A number for each coordinate, the same for those of one event of a full-rank block."""
+    parts = []
+    for block in blocks:
+        event = block.shape[-1] if block.structure == "dense" else 1
+        parts.append(block.start + torch.arange(block.size) // event)
+    return torch.cat(parts)
 
 
 def scaled(blocks: tuple[Block, ...], scales: tuple[Any, ...], noise: Tensor) -> Tensor:

@@ -128,6 +128,27 @@ def test_the_weights_are_those_of_the_mixture(backend, random):
     assert_allclose(found.effective, expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize("name", PARTS)
+def test_the_noise_of_the_scales_is_that_of_the_hessian_within_the_blocks(backend, random, name):
+    """Pair by pair, in the coordinates in which q is N(0, I); two blocks of a mean-field guide share no entry."""
+    pool, blocks, recycled = pooled(backend, random, PARTS[name], CUBE, num_pairs=6)
+    loc, scales, factor = gaussian(random, PARTS[name])
+    found = estimate(backend, pool, blocks, recycled, loc, scales)
+    hessians, pairs = backend.to_numpy(pool.hessians)[:6], found.effective / 2
+    deviations = np.einsum("kj,kjab->kab", found.weights[:6], hessians - found.hessian)
+    whitened = factor.T @ deviations @ factor
+    within = np.concatenate(
+        [
+            np.ravel(whitened[:, np.ix_(group, group)[0], np.ix_(group, group)[1]])
+            for part in PARTS[name]
+            for group in part.groups
+        ]
+    )
+    expected = (within**2).sum() / 4 * pairs / max(pairs - 1, 0.5)
+    given = found.moments, blocks, tuple(map(backend.array, scales))
+    assert_allclose(float(recycled.scale_cost(pool, *given)), expected, rtol=1e-10)
+
+
 def test_a_gaussian_that_no_draw_is_near_is_not_covered(backend, random):
     """However even the weights are: far away, or a million times as wide, every draw is as unlikely as the next."""
     pool, blocks, recycled = pooled(backend, random, PARTS["diagonal"], CUBE, num_pairs=20)
