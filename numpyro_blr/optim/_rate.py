@@ -14,7 +14,8 @@ One step, given the estimate (g, H) at K antithetic pairs of draws and their los
    pairs of which one exploded the standard error is as large as the mean: more than r² + D nats are no noise.
 3. Accepted at once: ρ ← min(1, 1.7 ρ) for the next step.
 
-`_recycled.py` has a search of its own, in which proposals may need no evaluation; the rules of this file are its, too.
+`_recycled.py` has a search of its own, in which proposals may need no evaluation, and are whole Gaussians: in up to 256
+coordinates their scales are no noise. The other rules of this file are its, too.
 
 On a quadratic the first proposal, ρ = 1, is the exact posterior and is accepted.
 """

@@ -92,7 +92,7 @@ class BLR(numpyro.optim._NumPyroOptim):
             is inside its own Monte Carlo error.
         estimator: of E_q[∇²ℓ]. `"hessian"`: dense Hessians, the choice of `"auto"` up to 256 coordinates and for
             full-rank guides; D + 1 gradients a draw, won back in steps. `"hutchinson"`: the diagonal from
-            Hessian-vector products, 2 gradients a site (of at most 8) and 1, a draw; the choice of `"auto"` beyond.
+            Hessian-vector products, 2 gradients a site (of at most 4) and 1, a draw; the choice of `"auto"` beyond.
             `"gradient"`: the stock gradient alone, at the host's own draws; noisy, so it needs a `learning_rate`.
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
             most: a step begins with one pair. Not used by `estimator="gradient"`.

@@ -1,9 +1,10 @@
 """The diagonal of E_q[H] from Hessian-vector products: diag H ≈ Σ_p u_p ⊙ (H u_p), u_p Rademacher in a part p.
 
-The parts are the sites of the guide. Unbiased; as u ⊙ u = 1, the noise comes from the off-diagonal entries between
-coordinates of one part alone. Exact where those are zero, however the parts are coupled: the rows of a plate are
-independent given the other sites, and a single probe for all would see their coupling to these as noise. Costs two
-gradients a part and one, a draw, whatever D is; the automatic choice where a dense Hessian is too large.
+The parts are the sites of the guide, of which the smallest share one. Unbiased; as u ⊙ u = 1, the noise comes from the
+off-diagonal entries between coordinates of one part alone. Exact where those are zero, however the parts are coupled:
+the rows of a plate are independent given the other sites, and a single probe for all would see their coupling to these
+as noise. Costs two gradients a part and one, a draw, whatever D is; the automatic choice where a dense Hessian is too
+large.
 
 Source: Hutchinson 1990; Bekas, Kokiopoulou & Saad 2007 for the diagonal and for probes that leave coordinates out.
 """
@@ -21,7 +22,7 @@ from ._estimate import Draws, Estimate, Objective, at_every_draw, average_over_p
 
 __all__ = ["hutchinson", "parted"]
 
-MAX_PARTS = 8
+MAX_PARTS = 4
 
 
 def hutchinson(
@@ -49,10 +50,10 @@ def hutchinson(
 
 
 def parted(signs: Tensor, blocks: tuple[Block, ...]) -> Tensor:
-    """The probes [S, P, D] with `signs` [S, D] in a part for each block; every eighth shares one."""
+    """The probes [S, P, D] with `signs` [S, D] in a part for each block; beyond four, the small ones share one."""
     parts = signs.new_zeros((min(len(blocks), MAX_PARTS), signs.shape[-1]))
-    for number, block in enumerate(blocks):
-        parts[number % MAX_PARTS, block.start : block.stop] = 1
+    for number, block in enumerate(sorted(blocks, key=lambda block: block.size, reverse=True)):
+        parts[min(number, MAX_PARTS - 1), block.start : block.stop] = 1
     return signs[:, None] * parts
 
 

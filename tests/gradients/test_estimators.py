@@ -77,12 +77,14 @@ def test_a_probe_a_site_is_exact_where_a_site_is_diagonal_however_it_is_coupled_
     assert np.abs(backend.to_numpy(single.hessian) - np.diagonal(COUPLED)).max() > 0.1
 
 
-def test_more_than_eight_sites_share_eight_probes(backend, random):
-    parts = [cases.Part(start, (1,), "diagonal") for start in range(11)]
-    signs = rademacher(random, 2, 11)
+def test_of_many_sites_the_small_ones_share_a_probe(backend, random):
+    sizes = [1, 5, 2, 1, 7, 6, 1]
+    starts = np.cumsum([0, *sizes[:-1]])
+    parts = [cases.Part(int(start), (size,), "diagonal") for start, size in zip(starts, sizes, strict=True)]
+    signs = rademacher(random, 2, 23)
     probes = backend.to_numpy(backend.gradients.parted(backend.array(signs), backend.blocks(parts)))
-    assert probes.shape == (2, 8, 11)
     assert_array_equal(probes.sum(1), signs)
+    assert_array_equal(np.abs(probes).sum(-1), [[7, 6, 5, 5]] * 2)
 
 
 @pytest.mark.parametrize("name", ["hessian", "hutchinson"])
