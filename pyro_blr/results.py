@@ -131,7 +131,7 @@ class Fit:
     def report(self) -> str:
         """The fit in a few lines of text."""
         rows = [
-            ("ELBO", f"{self.elbo:.2f} ± {self.elbo_error:.2g}"),
+            ("ELBO", f"{_nats(self.elbo)} ± {self.elbo_error:.2g}"),
             ("converged", f"{'yes' if self.converged else 'no'}: {self.reason}"),
             ("steps", f"{self.steps:,}, {self.compiled}"),
             ("gradient evaluations", f"{self.gradient_evaluations:,}" if self.gradient_evaluations else "not counted"),
@@ -249,6 +249,10 @@ def _is_drawn(site: dict[str, Any]) -> bool:
 
 def _numpy(value: Any) -> np.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
+def _nats(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1e12 else f"{value:.3g}"
 
 
 def arviz_is_installed() -> bool:

@@ -17,7 +17,8 @@ what the last one did is noise.
    around in a circle: they are as much shorter as the secant says that this one was too long (Irons & Tuck 1969).
 
 The n-th step that is noise by the rule of `_rate.py` caps the rate at 2 / (n + 2), times the draws that the pool is
-worth over the draws of a step: where the pool averages the noise away, the rate need not.
+worth over the draws of a step: where the pool averages the noise away, the rate need not. Below 1/2 there are no steps
+on the pool alone, which would undo the averaging.
 
 *Far* from everything, where r² > 1e12 at a loss L = E_q[ℓ] > 0, S says nothing of where q will be. The mean alone
 moves, by the rule at ρ = 1 or down log L, and the rule starts anew there, from S = 100 I as the stock guides do:
@@ -124,7 +125,7 @@ class _Search(NamedTuple):
         here: where it is.
         start: where it started.
         first_rate: of the first proposal; `rate` is that of the next one.
-        proposals: made so far until one was taken; `inner` steps since, the next of them at `inner_rate`.
+        proposals: made so far until one was taken; `inner` steps since, the next of them at `inner_rate`; none at 0.
         before, by_rule: far away, the loss close around the mean of `start`, and around that of a step of the rule.
         looked: whether `start` is known; `taken`: whether a proposal was.
         going: whether to go on.
@@ -177,8 +178,11 @@ def step(
         opposed = _rate.opposed(start.moments.gradient, start.precision, state.rate.last_gradient)
         return state.rate.noisy_steps + ((start.noisy | changed) & opposed).astype(jnp.int32)
 
+    def cap_of(start: _Place) -> Array:
+        return _cap(noisy_steps_of(start), start.moments.effective, recycling.num_pairs)
+
     def first_rate_of(start: _Place) -> Array:
-        cap = _cap(noisy_steps_of(start), start.moments.effective, recycling.num_pairs)
+        cap = cap_of(start)
         # down log L, or at draws closer to m than q's, a step that was taken says nothing of the next one's rate
         anew = (state.radius < 1) & recycling.taken
         return jnp.where(start.far, state.rate.rate, jnp.where(anew, cap, jnp.minimum(state.rate.rate, cap)))
@@ -217,9 +221,11 @@ def step(
         inner = search.inner + taken.astype(jnp.int32)
         settled = taken & (here.residual < SETTLED * here.error)
         again = jnp.where(
-            accepted, covered & ~settled & (inner < MAX_INNER), ~taken & (proposals < _rate.MAX_PROPOSALS)
+            accepted,
+            covered & ~settled & (inner < MAX_INNER) & (search.inner_rate > 0),
+            ~taken & (proposals < _rate.MAX_PROPOSALS),
         )
-        first_rate = first_rate_of(there)
+        first_rate, first_inner = first_rate_of(there), jnp.where(cap_of(there) < INNER_RATE, 0, INNER_RATE)
         # a step downhill that is but too short is the longer next time
         factor = jnp.where(downhill & lower, _rate.GROW, jnp.where(far & ~downhill, 1, _rate.CUT))
         next_rate = jnp.where(accepted | taken, 1, factor) * search.rate
@@ -230,7 +236,9 @@ def step(
             rate=jnp.where(looked, next_rate, first_rate),
             proposals=proposals,
             inner=inner,
-            inner_rate=jnp.where(looked & covered, here.share(there), 1) * search.inner_rate,
+            inner_rate=jnp.where(
+                looked, jnp.where(covered, here.share(there), 1) * search.inner_rate, first_inner.astype(dtype)
+            ),
             before=before,
             by_rule=by_rule,
             looked=jnp.ones((), bool),
@@ -239,12 +247,11 @@ def step(
         )
 
     nothing, none, no = jnp.zeros((), dtype), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-    half = jnp.asarray(INNER_RATE, dtype)
     here = _Place(state.loc, state.precision, _unknown(pool), state.residual, state.error, jnp.ones((), dtype))
     end = lax.while_loop(
         lambda search: search.going,
         attempt,
-        _Search(here, here, nothing, nothing, none, none, half, nothing, nothing, no, no, going=usable),
+        _Search(here, here, nothing, nothing, none, none, nothing, nothing, nothing, no, no, going=usable),
     )
 
     start = end.start

@@ -17,7 +17,8 @@ what the last one did is noise.
    around in a circle: they are as much shorter as the secant says that this one was too long (Irons & Tuck 1969).
 
 The n-th step that is noise by the rule of `_rate.py` caps the rate at 2 / (n + 2), times the draws that the pool is
-worth over the draws of a step: where the pool averages the noise away, the rate need not.
+worth over the draws of a step: where the pool averages the noise away, the rate need not. Below 1/2 there are no steps
+on the pool alone, which would undo the averaging.
 
 *Far* from everything, where r² > 1e12 at a loss L = E_q[ℓ] > 0, S says nothing of where q will be. The mean alone
 moves, by the rule at ρ = 1 or down log L, and the rule starts anew there, from S = 100 I as the stock guides do:
@@ -123,7 +124,7 @@ class _Search(NamedTuple):
     Attributes:
         here: where it is.
         rate: of the next proposal.
-        proposals: made so far until one was taken; `inner` steps since, the next of them at `inner_rate`.
+        proposals: made so far until one was taken; `inner` steps since, the next of them at `inner_rate`; none at 0.
         before, by_rule: far away, the loss close around the mean of the start, and around that of a step of the rule.
         taken: whether one was.
         going: whether to go on.
@@ -181,9 +182,8 @@ def step(
     far, last_gradient = start.far, state.rate.last_gradient
     opposed = _rate.opposed(start.moments.gradient, start.precision, last_gradient)
     noisy_steps = state.rate.noisy_steps + ((start.noisy or changed) and opposed)
-    first_rate = state.rate.rate
+    first_rate, cap = state.rate.rate, _cap(noisy_steps, start.moments.effective, recycling.num_pairs)
     if not far:
-        cap = _cap(noisy_steps, start.moments.effective, recycling.num_pairs)
         # down log L, or at draws closer to m than q's, a step that was taken says nothing of the next one's rate
         first_rate = cap if state.radius < 1 and recycling.taken else min(first_rate, cap)
 
@@ -225,11 +225,11 @@ def step(
             return _Search(
                 here, factor * search.rate, proposals, inner, search.inner_rate, before, by_rule, taken, again
             )
-        again = covered and not settled and inner < MAX_INNER
+        again = covered and not settled and inner < MAX_INNER and search.inner_rate > 0
         inner_rate = here.share(there) * search.inner_rate if again else search.inner_rate
         return _Search(there, search.rate, proposals, inner, inner_rate, before, by_rule, True, again)
 
-    end = _Search(start, first_rate, 0, 0, INNER_RATE, math.nan, math.nan, False, True)
+    end = _Search(start, first_rate, 0, 0, INNER_RATE if cap >= INNER_RATE else 0.0, math.nan, math.nan, False, True)
     while end.going:
         end = attempt(end)
 

@@ -120,6 +120,22 @@ def valley(xp, z):
     return 1e8 * (z[0] - z[1]) ** 2 + (z[1] - 1) ** 2
 
 
+def test_no_steps_on_the_pool_alone_where_the_rate_averages_noise_away(backend):
+    """A Gaussian beside the fixed point of its draws, all of them good there: it moves by what the cap leaves it."""
+    step, state = stepper(backend, counts), started(backend, [0.0, 0.0], np.eye(2))
+    random = np.random.default_rng(0)
+    for _ in range(30):
+        state, *_ = step(state, random.normal(size=(4, 2)))
+    settled = backend.to_numpy(state.loc)
+    beside = replace(state, loc=backend.array(settled + 0.05))
+    moved = {}
+    for noisy_steps in (0, 10**7):
+        rate = replace(state.rate, noisy_steps=backend.scalar(noisy_steps, state.rate.noisy_steps))
+        after, *_ = step(replace(beside, rate=rate), random.normal(size=(4, 2)))
+        moved[noisy_steps] = np.abs(backend.to_numpy(after.loc) - settled - 0.05).max()
+    assert moved[0] > 0.02 and 0 < moved[10**7] < 1e-4
+
+
 COVARIATE = np.random.default_rng(30).normal(size=40)
 SEPARATED = np.where(COVARIATE > 0.1, 1.0, -1.0)[:, None] * np.stack([np.ones(40), COVARIATE], axis=1)
 
