@@ -21,7 +21,7 @@ it by then, with the noise of −ε and a share of s = (1 − β₁)/(1 − β�
 The posterior's precision and the preconditioner of the mean are two things: E_q[∇ℓ] = 0 is the same point for every
 preconditioner. `"factored"` moves the mean by the root of the averaged squares of the gradient at the drawn weights. Of
 a matrix it keeps the means of its rows and columns alone; where gradients are sparse, their product says little of an
-element, and c = 5 is what bounds it. Its unit u is the standard deviation s₀ of the prior, as if the coordinates were
+element, and c = 10 is what bounds it. Its unit u is the standard deviation s₀ of the prior, as if the coordinates were
 (w − m₀)/s₀, up to the s₀ = 1/√n of a matrix with n = 128 inputs; from there on it falls as s₀², since an output is a
 sum over 1/s₀² inputs whose weights all move at once, and is not to move more in a wide network. A prior wider than 0.3
 says that nothing is known of the weights, and not that they are as large:

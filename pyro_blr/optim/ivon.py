@@ -28,7 +28,7 @@ from ._layout import Layout
 __all__ = ["IVON", "IVONState"]
 
 LEARNING_RATES = {"factored": 0.05, "posterior": 0.1}
-CLIP_RADII = {"factored": 5.0, "posterior": float("inf")}
+CLIP_RADII = {"factored": 10.0, "posterior": float("inf")}
 MEMORIES = {"factored": 0.9999, "posterior": 0.99999}  # of the curvature
 
 Statistics = list[tuple[str, Tensor, Tensor]]
@@ -99,7 +99,7 @@ class IVON(pyro.optim.PyroOptim):
         beta3: memory of the averaged squares, for `"factored"`.
         hess_init: h₀ > 0, the curvature of the averaged loss at the start: σ₀ = 1/√(N (h₀ + δ)). None: 0.1, and for
             `"factored"` so much that σ₀ is at most an eighth of the prior's; wider draws hide few data.
-        clip_radius: c, the longest element of the preconditioned gradient that a step takes; None is 5 for
+        clip_radius: c, the longest element of the preconditioned gradient that a step takes; None is 10 for
             `"factored"`, ∞ for `"posterior"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q), or a function of the step. 1 is Bayes.
         accumulation_steps: updates whose gradients, each at a draw of its own, are averaged into one step.
