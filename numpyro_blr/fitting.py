@@ -217,10 +217,10 @@ def _missing(check: Check, basis: str, tolerance: float) -> str:
 
 
 def _cost_of_noise(check: Check, basis: str) -> float:
-    """c V/2, and where it is known what noise of the scales costs beside."""
-    if basis == "recycled" and math.isfinite(check.scale_cost):
+    """c V/2, and of recycled draws, at c = 1, with what noise of the scales costs."""
+    if basis == "recycled":
         return check.error / 2 + check.scale_cost
-    return check.error / 2 * (1 if basis == "recycled" else check.rate / (2 - check.rate))
+    return check.error / 2 * check.rate / (2 - check.rate)
 
 
 def _judge_losses(checks: Sequence[Check], losses: np.ndarray, tolerance: float) -> tuple[bool, str]:

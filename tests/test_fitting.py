@@ -14,7 +14,15 @@ from numpy.testing import assert_allclose
 
 from . import cases
 
-CHECK = {"elbo": -50.0, "elbo_error": 0.01, "residual": 1e-4, "error": 1e-3, "rate": 1.0, "effective": 20.0}
+CHECK = {
+    "elbo": -50.0,
+    "elbo_error": 0.01,
+    "residual": 1e-4,
+    "error": 1e-3,
+    "rate": 1.0,
+    "effective": 20.0,
+    "scale_cost": 1e-3,
+}
 
 
 @functools.cache
@@ -118,6 +126,7 @@ def test_two_quiet_checks_are_convergence_and_one_is_not(judge):
         ({"residual": 0.01}, "still gain"),  # 5 V, and 0.005 nat
         ({"error": 0.1}, "noise still cost"),
         ({"scale_cost": 0.02}, "noise still cost about 0.02"),
+        ({"scale_cost": math.nan}, "noise still cost"),
         ({"elbo_error": math.inf}, "not finite"),
         ({"elbo": -math.inf}, "not finite"),
         ({"effective": 7.0}, "worth 7.0"),

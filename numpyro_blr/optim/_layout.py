@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -114,14 +114,7 @@ class Layout:
 
 
 def recognise(
-    svi: SVI,
-    args: tuple,
-    kwargs: dict,
-    params: Mapping[str, Any],
-    mutable_state: Mapping[str, Any],
-    *,
-    learned_scales_only: bool,
-    rule: str = "BLR",
+    svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any], *, learned_scales_only: bool, rule: str = "BLR"
 ) -> Layout:
     """The sites of `svi.guide` that are members of exponential families and the parameters that feed them.
 
@@ -130,18 +123,14 @@ def recognise(
     not come back and are left to the other optimizer. Messages call the optimizer `rule`.
     """
     kwargs, found = {**kwargs, **svi.static_kwargs}, []
-
-    def guide(*args: Any, **kwargs: Any) -> Any:
-        return substitute(seed(svi.guide, 0), mutable_state)(*args, **kwargs)
-
-    guide_trace, fed, arrays, naturals = _probe(guide, args, kwargs, params, any_family=False)
+    guide_trace, fed, arrays, naturals = _probe(svi, args, kwargs, params, any_family=False)
     for name in [name for name in guide_trace if name in arrays]:  # in the order of the guide, which jit has sorted
         match = _match(name, unwrap(guide_trace[name]["fn"])[0], arrays[name], fed, guide_trace)
         if match is not None and not (learned_scales_only and match[1] is None):
             found.append((name, *match))
     found = _without_repeated_points(found)
     if any(_has_family(unwrap(guide_trace[name]["fn"])[0]) for name in set(arrays) - {site for site, *_ in found}):
-        guide_trace, fed, arrays, naturals = _probe(guide, args, kwargs, params, any_family=True)
+        guide_trace, fed, arrays, naturals = _probe(svi, args, kwargs, params, any_family=True)
     members = _joint_members(guide_trace, params)
     joint = {site for member in members for site in member.sites}
     for name in [name for name in guide_trace if name in naturals]:
@@ -170,7 +159,7 @@ def recognise(
 
 
 def _probe(
-    guide: Callable, args: tuple, kwargs: dict, params: Mapping[str, Any], *, any_family: bool
+    svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any], *, any_family: bool
 ) -> tuple[dict, dict, dict, dict]:
     """The guide's trace, the random values that its parameters were given, and what its sample sites made of them.
 
@@ -181,7 +170,9 @@ def _probe(
 
     def run(probes: dict[str, Any]) -> tuple[dict, dict, dict]:
         messages.update(
-            trace(substitute(guide, substitute_fn=partial(_constrained, probes))).get_trace(*args, **kwargs)
+            trace(substitute(seed(svi.guide, 0), substitute_fn=partial(_constrained, probes))).get_trace(
+                *args, **kwargs
+            )
         )
         fed = {
             name: _fed_rows(message, messages)

@@ -132,7 +132,7 @@ class BLR(numpyro.optim._NumPyroOptim):
         svi, args, kwargs = _svi.calling_svi(SVI.init)
         _svi.check_loss(svi.loss)
         gradient_only = self.estimator == "gradient"
-        layout = recognise(svi, args, kwargs, params, _svi.mutable_state(), learned_scales_only=gradient_only)
+        layout = recognise(svi, args, kwargs, params, learned_scales_only=gradient_only)
         if layout.members and gradient_only:
             raise ValueError(
                 "estimator='gradient' uses the stock gradient of Gaussian sites alone, and the guide has "

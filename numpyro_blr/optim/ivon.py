@@ -141,10 +141,9 @@ class IVON(_NumPyroOptim):
         _svi.check_params(params, "IVON")
         svi, args, kwargs = _svi.calling_svi(SVI.init, "IVON")
         _svi.check_loss(svi.loss, "IVON")
-        mutable_state = _svi.mutable_state()
-        layout = recognise(svi, args, kwargs, params, mutable_state, learned_scales_only=True, rule="IVON")
+        layout = recognise(svi, args, kwargs, params, learned_scales_only=True, rule="IVON")
         _weights.check_layout(layout)
-        num_data, priors = _weights.survey(svi, args, kwargs, layout, params, mutable_state)
+        num_data, priors = _weights.survey(svi, args, kwargs, layout, params, _svi.mutable_state())
         alone = svi.loss.num_particles == self.accumulation_steps == 1 and self.axis_name is None
         settings = Settings(
             num_data=num_data,
