@@ -34,7 +34,7 @@ from .gradients import recycled
 from .optim import _rate
 from .optim._layout import undisturbed
 from .optim.blr import BLR, OptState, scales_of
-from .results import MAX_PARETO_K, Fit, Fitted, arviz_is_installed
+from .results import MAX_PARETO_K, Fit, Fitted, arviz_is_installed, pareto_k
 
 __all__ = ["Check", "fit", "judge", "num_steps_between_checks"]
 
@@ -44,7 +44,7 @@ _TRACED_AFTER = 30  # steps: tracing takes the time of about as many
 MIN_EFFECTIVE, MIN_CURVATURE = 8.0, 0.25
 MIN_AVERAGED, MAX_AVERAGED_RATE, MAX_DRIFT, NEGLIGIBLE = 60, 0.1, 2.0, 1e-3  # a steady drift is √12 of its spread
 MAX_FOLLOWED = 1000  # parameters of other optimizers
-PSIS_DRAWS = 300
+FRESH_DRAWS = 300
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,9 @@ def fit(
         kwargs=kwargs,
         seed=seed,
     )
-    return _warned(result, opt_state, max_steps)
+    result = _at_fresh_draws(result, basis)
+    _warn(result, opt_state, max_steps)
+    return result
 
 
 def judge(checks: Sequence[Check], losses: np.ndarray, basis: str, tolerance: float) -> tuple[bool, str]:
@@ -310,8 +312,22 @@ def _checked(guide: Any, learning_rate: Any, max_steps: Any, optimizer: Any, tol
     return optimizer
 
 
-def _warned(result: Fit, opt_state: OptState, max_steps: int) -> Fit:
-    """The result with its k̂, after a warning of each thing that the user should know."""
+def _at_fresh_draws(result: Fit, basis: str) -> Fit:
+    """The ELBO, E_q[log w], and k̂ at draws that the guide was not fitted to."""
+    if result.no_weights:
+        return result
+    log_weights = result.log_weights(FRESH_DRAWS)
+    if arviz_is_installed():
+        result = replace(result, pareto_k=pareto_k(log_weights))
+    if basis == "exact":
+        return result
+    if not np.isfinite(log_weights).all():
+        return replace(result, elbo=-math.inf, elbo_error=math.nan)
+    return replace(result, elbo=log_weights.mean(), elbo_error=log_weights.std(ddof=1) / FRESH_DRAWS**0.5)
+
+
+def _warn(result: Fit, opt_state: OptState, max_steps: int) -> None:
+    """Of each thing that the user should know."""
     rejected = 0 if opt_state.gaussian is None else opt_state.gaussian.rate.rejected
     stood_still = rejected + opt_state.skipped
 
@@ -335,9 +351,8 @@ def _warned(result: Fit, opt_state: OptState, max_steps: int) -> Fit:
             "loss smaller there. Start the guide elsewhere (`init_loc_fn`), give a small learning_rate, or look for "
             "terms of the model whose derivative is not that of their value."
         )
-    if not arviz_is_installed() or result.no_weights:
-        return result
-    result = replace(result, pareto_k=result.psis(PSIS_DRAWS))
+    if math.isinf(result.elbo):
+        warn(f"the log density is not finite at one of {FRESH_DRAWS} draws of the guide or more, so its ELBO is −∞.")
     if result.converged and result.pareto_k > MAX_PARETO_K:  # else it may be the fit, and not the family
         full_rank = [block.structure for block in opt_state.layout.blocks] == ["dense"]
         richer = "Reparametrise" if full_rank else "Try a full-rank guide (AutoMultivariateNormal), or reparametrise"
@@ -346,7 +361,6 @@ def _warned(result: Fit, opt_state: OptState, max_steps: int) -> Fit:
             f"and above {MAX_PARETO_K} its means and variances are not to be trusted. {richer} the model (non-centred "
             "hierarchies: LocScaleReparam)."
         )
-    return result
 
 
 def _show(bar: Any, num_steps: int, check: Check) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .optim._layout import undisturbed
 
-__all__ = ["Fit", "arviz_is_installed"]
+__all__ = ["Fit", "arviz_is_installed", "pareto_k"]
 
 INSTALL_ARVIZ = "pip install 'arviz>=0.20,<1'"
 MAX_PARETO_K = 0.7
@@ -79,8 +79,8 @@ class Fit:
     Attributes:
         params: as the host has them.
         losses: of every step, averaged over its draws.
-        elbo: with its standard error `elbo_error`; of the last state where draws are recycled, else the average over
-            the last third of the losses.
+        elbo: with its standard error `elbo_error`; exact where every site is summed out, else at fresh draws of the
+            guide, as those that it was fitted to flatter it; without importance weights, of the last check.
         converged: whether, and `reason` why or why not.
         steps: taken.
         gradient_evaluations: of the Gaussian; a Hessian counts as its number of rows, a Hessian-vector product as 2,
@@ -158,14 +158,14 @@ class Fit:
             ImportError: ArviZ is not installed.
             ValueError: the weights are not to be had.
         """
-        arviz = _arviz()
+        _arviz()
         if self.no_weights:
             raise ValueError(f"psis() needs importance weights, which this fit does not have: {self.no_weights}.")
-        log_weights = _numpy(self._draws(num_draws)[1]).astype(float)
-        log_weights = log_weights[np.isfinite(log_weights)]
-        if len(log_weights) < num_draws / 2:
-            return math.inf
-        return 0.0 if np.ptp(log_weights) < EQUAL_WEIGHTS else float(arviz.psislw(log_weights)[1])
+        return pareto_k(self.log_weights(num_draws))
+
+    def log_weights(self, num_draws: int) -> np.ndarray:
+        """log p(D, z) − log q(z) at fresh draws of the guide, [num_draws]; their mean is the ELBO."""
+        return _numpy(self._draws(num_draws)[1]).astype(float)
 
     def to_arviz(self, num_draws: int = 1000) -> Any:
         """An `arviz.InferenceData` with one chain of draws of the guide, and the observed data.
@@ -253,6 +253,14 @@ def _numpy(value: Any) -> np.ndarray:
 
 def _nats(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 1e12 else f"{value:.3g}"
+
+
+def pareto_k(log_weights: np.ndarray) -> float:
+    """k̂; 0 where all weights are equal to rounding, infinite where half of them are not finite."""
+    arviz, finite = _arviz(), log_weights[np.isfinite(log_weights)]
+    if len(finite) < len(log_weights) / 2:
+        return math.inf
+    return 0.0 if np.ptp(finite) < EQUAL_WEIGHTS else float(arviz.psislw(finite)[1])
 
 
 def arviz_is_installed() -> bool:

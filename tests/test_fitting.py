@@ -224,6 +224,27 @@ def test_a_fit_stops_by_itself_at_the_optimum(backend, of_poisson):
     assert abs(log_weights.mean() - of_poisson.elbo) < 4 * math.hypot(error, of_poisson.elbo_error)
 
 
+def test_the_elbo_is_at_draws_that_the_guide_was_not_fitted_to(of_poisson):
+    log_weights = of_poisson.log_weights(300)
+    assert_allclose(of_poisson.elbo, log_weights.mean())
+    assert_allclose(of_poisson.elbo_error, log_weights.std(ddof=1) / 300**0.5)
+    assert of_poisson.elbo != of_poisson.history["elbo"][-1]
+
+
+def test_a_guide_that_reaches_where_there_is_no_density_has_an_elbo_of_minus_infinity(backend):
+    def make(host):
+        def model():
+            z = host.sample("z", host.dist.Normal(0.0, 1.0))
+            host.factor("edge", host.xp.where(z > 1.5, -math.inf, 0.0 * z))
+
+        return model
+
+    with pytest.warns(UserWarning) as caught:
+        result = backend.fit(make, "AutoNormal", (), max_steps=20)
+    assert any("not finite at one of 300 draws of the guide" in str(one.message) for one in caught)
+    assert result.elbo == -math.inf and math.isnan(result.elbo_error)
+
+
 def test_the_history_has_a_number_for_each_check(backend, of_poisson):
     steps = of_poisson.history["step"]
     names = {"step", "elbo", "elbo_error", "residual", "error", "rate"}
