@@ -194,10 +194,9 @@ class Bridge:
         """C_b of every part that has one of its own."""
         return self.blr.scales_of(self.precision(precision), self.blocks(parts), 1.0)
 
-    def first_order(self, parts: Sequence[Part], dense: bool) -> Callable:
+    def first_order(self, dense: bool) -> Callable:
         """The estimator of the stock gradient, as `BLR(estimator="gradient")` calls it."""
-        blocks = self.blocks(parts)
-        return lambda objective, loc, scales, others, _: self.gradients.reparameterized(
+        return lambda objective, loc, scales, others, _, blocks: self.gradients.reparameterized(
             objective, loc, scales, others, blocks, dense=dense
         )
 
@@ -284,6 +283,7 @@ class NumPyroBridge(Bridge):
             dist=numpyro.distributions,
             constraints=numpyro.distributions.constraints,
             lower_cholesky=numpyro.distributions.constraints.lower_cholesky,
+            exp_of_one_derivative=self.exp_of_one_derivative(),
             inverse_gaussian=lambda loc, concentration: self.families.InverseGaussian(loc, concentration),
             wishart=lambda df, rate: numpyro.distributions.Wishart(df, rate_matrix=rate),
             array=self.array,
@@ -294,6 +294,12 @@ class NumPyroBridge(Bridge):
                 values={name: self.array(value) for name, value in values.items()}
             ),
         )
+
+    def exp_of_one_derivative(self) -> Callable:
+        """exp, with a derivative that has none, as those of the solvers of differential equations."""
+        exp = self.jax.custom_vjp(self.xp.exp)  # whose own forward pass it is
+        exp.defvjp(lambda value: (exp(value),) * 2, lambda result, gradient: (gradient * result,))
+        return exp
 
     def reset(self, seed: int) -> None:
         """Nothing is global here."""
@@ -586,6 +592,7 @@ class PyroBridge(Bridge):
             dist=pyro.distributions,
             constraints=pyro.distributions.constraints,
             lower_cholesky=pyro.distributions.constraints.lower_cholesky,
+            exp_of_one_derivative=self.exp_of_one_derivative(),
             inverse_gaussian=lambda loc, concentration: self.families.InverseGaussian(loc, concentration),
             wishart=lambda df, rate: pyro.distributions.Wishart(self.array(df), precision_matrix=rate),
             array=self.array,
@@ -596,6 +603,23 @@ class PyroBridge(Bridge):
                 values={name: self.array(value) for name, value in values.items()}
             ),
         )
+
+    def exp_of_one_derivative(self) -> Callable:
+        """exp, with a derivative that has none, as those of the solvers of differential equations."""
+
+        class Exp(self.torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, value):
+                result = value.exp()
+                ctx.save_for_backward(result)
+                return result
+
+            @staticmethod
+            @self.torch.autograd.function.once_differentiable
+            def backward(ctx, gradient):
+                return gradient * ctx.saved_tensors[0]
+
+        return Exp.apply
 
     def promotion(self, lax: bool) -> Any:
         return nullcontext()

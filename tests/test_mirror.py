@@ -19,7 +19,10 @@ FRAMEWORKS = {"numpyro_blr": ("jax", "numpyro"), "pyro_blr": ("torch", "pyro")}
 # What one host asks for and the other does not; everything else has the same name and the same parameters in both. A
 # name that no longer differs has to leave the list. `_svi.py`, `_layout.py` and `_weights.py`,
 # which know the host, share these alone.
-FORWARD_MODE = "forward="  # a parameter that only JAX has a use for
+OPTIONS = (
+    "forward=",
+    "differences=",
+)  # of derivatives: JAX has a forward mode, and tells while it traces what it lacks
 DIFFERENCES = {
     "__init__.py": {"__all__"},  # a torch module becomes one site by `BayesianModule`; NumPyro has its own for JAX's
     "guides/__init__.py": {"__all__"},
@@ -59,6 +62,10 @@ DIFFERENCES = {
         "__all__", "average_over_pairs", "each_draw", "value_and_gradient", "value_and_gradients",
         # an objective that was traced takes all draws at once; JAX maps over them
         "Transformation", "Vectorised", "Vectorised.at_all", "Vectorised.extras", "at_every_draw", "losses_of",
+    },
+    "gradients/_second.py": {
+        # JAX refuses a derivative that there is none of, and torch has to be checked
+        "__all__", "by_differences", "by_forward_mode", "gradient_of", "has_second_derivative", "Gradient", "Products",
     },
     "gradients/recycled.py": {"Pool", "Pool.count"},  # an array of a fixed size, or a tensor that grows
     "gradients/drawn.py": {  # torch has seeds, and JAX has keys
@@ -127,8 +134,7 @@ def outline(path: Path) -> dict[str, list[str]]:
                 names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
                 names += [f"{argument.arg}=" for argument in arguments.kwonlyargs]
                 names += [f"*{star.arg}" for star in (arguments.vararg, arguments.kwarg) if star]
-                found[prefix + node.name] = names
-                found[prefix + node.name] = [name for name in found[prefix + node.name] if name != FORWARD_MODE]
+                found[prefix + node.name] = [name for name in names if name not in OPTIONS]
             elif isinstance(node, ast.ClassDef):
                 fields = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
                 found[prefix + node.name] = fields

@@ -1,7 +1,8 @@
 """Price's theorem at second order: E_q[H] is the average of Hessians, E_q[g] of gradients, over antithetic pairs.
 
 On a quadratic ℓ every Hessian is the same and a pair's gradient noise cancels, so one pair is exact. Costs D + 1
-gradients a draw, D of them vectorised; the automatic choice up to a few hundred coordinates.
+gradients a draw, D of them vectorised, or 2 D + 1 where the model has one derivative only (`_second.py`); the automatic
+choice up to a few hundred coordinates.
 
 Source: Khan & Rue 2023, equations 9 and 10; Opper & Archambeau 2009.
 """
@@ -11,9 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
+from ..families import Block
 from ._estimate import Draws, Estimate, Extras, Objective, average_over_pairs, value_and_gradients
+from ._second import Products, by_differences, by_forward_mode, standard_deviations
 
 __all__ = ["hessian", "hessians_at"]
 
@@ -24,12 +28,15 @@ def hessian(
     scales: tuple[Array | None, ...],
     others: Any,
     draws: Draws,
+    blocks: tuple[Block, ...],
     *,
     forward: bool = False,
 ) -> Estimate:
     """E_q[g] and E_q[∇²ℓ] at the given draws."""
-    hessians, losses, gradients, g_others, extras = hessians_at(objective, loc, scales, others, draws, forward=forward)
-    return average_over_pairs(losses, gradients, hessians, g_others, extras, cost=len(loc) + 1)
+    hessians, losses, gradients, g_others, extras, cost = hessians_at(
+        objective, loc, scales, others, draws, blocks, forward=forward
+    )
+    return average_over_pairs(losses, gradients, hessians, g_others, extras, cost)
 
 
 def hessians_at(
@@ -38,18 +45,30 @@ def hessians_at(
     scales: tuple[Array | None, ...],
     others: Any,
     draws: Draws,
+    blocks: tuple[Block, ...],
     *,
     forward: bool = False,
-) -> tuple[Array, Array, Array, Any, Extras]:
-    """(∇²ℓ [S, D, D], losses [S], ∇ℓ [S, D], gradients of `others`, extras), one for each draw."""
+) -> tuple[Array, Array, Array, Any, Extras, int]:
+    """(∇²ℓ [S, D, D], losses [S], ∇ℓ [S, D], gradients of `others`, extras), one for each draw, and the cost of one."""
     evaluate = value_and_gradients(objective, (0, 2), forward)
+    identity = jnp.eye(len(loc), dtype=loc.dtype)
 
-    def at_draw(draw: Draws):
-        def gradient(loc):
-            (loss, extras), (g, g_others) = evaluate(loc, scales, others, draw)
-            return g, (loss, g, g_others, extras)
+    def at_every_draw(products: Products, directions: Array) -> tuple[Any, ...]:
+        def at_draw(draw: Draws):
+            def gradient(loc):
+                (loss, extras), (g, g_others) = evaluate(loc, scales, others, draw)
+                return g, (loss, g, g_others, extras)
 
-        matrix, rest = jax.jacfwd(gradient, has_aux=True)(loc)
-        return (matrix + matrix.T) / 2, *rest
+            matrix, rest = products(gradient, loc, directions)
+            return matrix, *rest
 
-    return jax.vmap(at_draw)(draws)
+        return jax.vmap(at_draw)(draws)
+
+    try:
+        matrices, *rest = at_every_draw(by_forward_mode, identity)
+        cost = len(loc) + 1
+    except TypeError:  # by a function with a derivative of its own
+        columns = standard_deviations(blocks, scales, identity)  # Cᵀ, so that the products are Cᵀ H
+        products, *rest = at_every_draw(by_differences, columns)
+        matrices, cost = jnp.linalg.solve(columns, products), 2 * len(loc) + 1
+    return (matrices + jnp.swapaxes(matrices, 1, 2)) / 2, *rest, cost  # type: ignore[return-value]

@@ -14,11 +14,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from ..families import Block
 from ._estimate import Draws, Estimate, Objective, average_over_pairs, value_and_gradients
+from ._second import Products, by_differences, by_forward_mode, standard_deviations
 
 __all__ = ["hutchinson", "parted"]
 
@@ -31,24 +33,32 @@ def hutchinson(
     scales: tuple[Array | None, ...],
     others: Any,
     draws: Draws,
+    blocks: tuple[Block, ...],
     *,
     forward: bool = False,
 ) -> Estimate:
     """E_q[g] and an estimate of diag E_q[∇²ℓ] at the given draws, of which each has its probes."""
-    assert draws.probes is not None  # the rule makes them for a diagonal precision
+    probes = draws.probes
+    assert probes is not None  # the rule makes them for a diagonal precision
     evaluate = value_and_gradients(objective, (0, 2), forward)
 
-    def at_draw(draw: Draws):
-        def gradient(loc):
-            (loss, extras), (g, g_others) = evaluate(loc, scales, others, draw)
-            return g, (loss, g, g_others, extras)
+    def at_every_draw(products: Products, unit: Array) -> tuple[Any, ...]:
+        def at_draw(draw: Draws, probes: Array):
+            def gradient(loc):
+                (loss, extras), (g, g_others) = evaluate(loc, scales, others, draw)
+                return g, (loss, g, g_others, extras)
 
-        push = jax.vmap(lambda probe: jax.jvp(gradient, (loc,), (probe,), has_aux=True), out_axes=(None, 0, None))
-        _, products, rest = push(draw.probes)
-        return (draw.probes * products).sum(0), *rest
+            rows, rest = products(gradient, loc, unit * probes)
+            return (probes * rows).sum(0) / unit, *rest
 
-    diagonals, losses, gradients, g_others, extras = jax.vmap(at_draw)(draws)
-    return average_over_pairs(losses, gradients, diagonals, g_others, extras, cost=1 + 2 * draws.probes.shape[1])
+        return jax.vmap(at_draw)(draws, probes)
+
+    try:
+        diagonals, losses, gradients, g_others, extras = at_every_draw(by_forward_mode, jnp.ones_like(loc))
+    except TypeError:  # by a function with a derivative of its own
+        unit = standard_deviations(blocks, scales, jnp.ones_like(loc))
+        diagonals, losses, gradients, g_others, extras = at_every_draw(by_differences, unit)
+    return average_over_pairs(losses, gradients, diagonals, g_others, extras, cost=1 + 2 * probes.shape[1])
 
 
 def parted(signs: Array, blocks: tuple[Block, ...]) -> Array:

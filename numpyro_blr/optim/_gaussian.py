@@ -104,7 +104,7 @@ def step(
         is not finite, the step is `skipped`: nothing moves, and the next draws are taken closer to m.
     """
     scales = scales_of(state.precision, blocks, state.radius)
-    estimate = completed(estimator(objective, state.loc, scales, others, draws), state.precision)
+    estimate = completed(estimator(objective, state.loc, scales, others, draws, blocks), state.precision)
     usable = all_finite(estimate.losses, estimate.gradient, estimate.hessian, estimate.others)
 
     assert estimate.extras.weight is not None  # `completed` fills it in

@@ -171,7 +171,7 @@ def step(
     state = replace(state, recycling=recycling)
     assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
     max_pairs, dtype = len(noise), state.loc.dtype
-    num_drawn, pool, losses, usable = _fresh(state, objective, blocks, noise, temperature, forward)
+    num_drawn, pool, losses, usable, evaluations = _fresh(state, objective, blocks, noise, temperature, forward)
     fresh = jnp.arange(max_pairs, dtype=jnp.int32) < recycling.num_pairs
 
     def noisy_steps_of(start: _Place) -> Array:
@@ -263,7 +263,7 @@ def step(
     rate = _rate.next_rate(end.rate, end.first_rate, end.taken, tries, jnp.where(far, jnp.inf, 1))
     rates = state.rate.after(rate, end.rate, noisy_steps_of(start), start.moments.gradient, end.taken)
     radius = jnp.where(far, jnp.maximum(NARROWER * state.radius, NARROWEST), jnp.minimum(1, 2 * state.radius))
-    evaluations = num_draws * (len(state.loc) + 1 + num_losses.astype(dtype))
+    evaluations += num_draws * num_losses.astype(dtype)
     taken = jnp.where(usable, end.taken, recycling.taken)
     recycling = Recycling(pool, num_pairs, digest, taken)
     tried = replace(state, recycling=recycling, evaluations=state.evaluations + evaluations)
@@ -287,17 +287,19 @@ def _fresh(
     noise: Array,
     temperature: float,
     forward: bool,
-) -> tuple[Array, recycled.Pool, Array, Array]:
-    """Pairs up to the first that is not finite, the pool with them, their losses [K, 2], and whether there is none."""
+) -> tuple[Array, recycled.Pool, Array, Array, Array]:
+    """Pairs up to the first that is not finite, the pool with them, their losses [K, 2], whether there is none, and the
+    gradients that they took.
+    """
     scales = scales_of(state.precision, blocks, state.radius)
     _, log_determinant = recycled.standardized(blocks, state.loc, scales, state.loc)
     constant = log_determinant + len(state.loc) * jnp.log(2 * jnp.pi) / (2 * temperature)
 
     def draw(carry):
-        number, pool, losses, _ = carry
+        number, pool, losses, _, evaluations = carry
         pair = _pair(noise[number])
-        hessians, values, gradients, _, _ = hessians_at(
-            objective, state.loc, scales, {}, Draws.at(pair), forward=forward
+        hessians, values, gradients, _, _, cost = hessians_at(
+            objective, state.loc, scales, {}, Draws.at(pair), blocks, forward=forward
         )
         energies = values + constant + (pair**2).sum(-1) / (2 * temperature)  # ℓ/τ
         finite = all_finite(values, gradients, hessians)
@@ -309,13 +311,14 @@ def _fresh(
             lambda pool: pool,
             pool,
         )
-        return number + 1, pool, lax.dynamic_update_index_in_dim(losses, values, number, 0), finite
+        losses = lax.dynamic_update_index_in_dim(losses, values, number, 0)
+        return number + 1, pool, losses, finite, evaluations + 2 * cost
 
-    nothing = jnp.zeros((len(noise), 2), state.loc.dtype)
+    nothing, no_gradient = jnp.zeros((len(noise), 2), state.loc.dtype), jnp.zeros((), state.loc.dtype)
     return lax.while_loop(
         lambda carry: (carry[0] < state.recycling.num_pairs) & carry[3],
         draw,
-        (jnp.zeros((), jnp.int32), state.recycling.pool, nothing, jnp.ones((), bool)),
+        (jnp.zeros((), jnp.int32), state.recycling.pool, nothing, jnp.ones((), bool), no_gradient),
     )
 
 

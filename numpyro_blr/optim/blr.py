@@ -21,7 +21,6 @@ from jax import Array
 from numpyro.infer import SVI
 
 from ..families import (
-    Block,
     DensePrecision,
     DiagonalPrecision,
     MultivariateNormalNatural,
@@ -250,7 +249,7 @@ class BLR(numpyro.optim._NumPyroOptim):
                 layout.blocks,
                 others,
                 draws,
-                self._estimator(gaussian.precision, layout.blocks, forward_mode_differentiation),
+                self._estimator(gaussian.precision, forward_mode_differentiation),
                 self._rate(count, gaussian.loc.dtype),
             )
         if gaussian is not None:
@@ -328,10 +327,10 @@ class BLR(numpyro.optim._NumPyroOptim):
             probes = parted(signs, opt_state.layout.blocks)
         return Draws(number=number, sign=sign, probes=probes)
 
-    def _estimator(self, precision: Precision, blocks: tuple[Block, ...], forward: bool) -> Callable[..., Estimate]:
+    def _estimator(self, precision: Precision, forward: bool) -> Callable[..., Estimate]:
         dense = isinstance(precision, DensePrecision)
         if self.estimator == "gradient":
-            return lambda objective, loc, scales, others, _: reparameterized(
+            return lambda objective, loc, scales, others, _, blocks: reparameterized(
                 objective, loc, scales, others, blocks, dense=dense, forward=forward
             )
         return partial(hessian if dense else hutchinson, forward=forward)

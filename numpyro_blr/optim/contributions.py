@@ -23,7 +23,7 @@ from numpyro import handlers
 from numpyro.infer import SVI
 
 from ..families import Block, MultivariateNormalNatural, Natural, NormalNatural
-from ..gradients import Draws, Extras
+from ..gradients import Draws, Extras, hessians_at
 from . import _svi, _sweep
 from ._layout import gather, gather_members
 
@@ -138,8 +138,8 @@ def _targets(svi: SVI, opt_state: Any, args: tuple, kwargs: Any, num_draws: int,
             result[role.name] = _sweep.natural_gradient(role, natural, design, values, slopes, keys[role.name])
         if layout.sites:
             runs = draws._replace(members=weighed)
-            gradient = jax.vmap(jax.grad(loss_at, has_aux=True), (None, 0))(loc, runs)[0].mean(0)
-            hessian = jax.vmap(jax.hessian(loss_at, has_aux=True), (None, 0))(loc, runs)[0].mean(0)
+            hessians, _, gradients, *_ = hessians_at(objective, loc, scales, others, runs, layout.blocks)
+            gradient, hessian = gradients.mean(0), hessians.mean(0)
             for site in layout.sites:
                 result[site.name] = _gaussian(site.block, loc, gradient, hessian)
         return {name: -natural / svi.optim.temperature for name, natural in result.items()}

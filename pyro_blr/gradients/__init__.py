@@ -8,6 +8,7 @@ from ._estimate import Transformation as Transformation
 from ._estimate import Vectorised as Vectorised
 from ._estimate import each_draw as each_draw
 from ._estimate import losses_of as losses_of
+from ._second import has_second_derivative as has_second_derivative
 from .hessian import hessian as hessian
 from .hessian import hessians_at as hessians_at
 from .hutchinson import hutchinson as hutchinson
@@ -22,6 +23,7 @@ __all__ = [
     "Transformation",
     "Vectorised",
     "each_draw",
+    "has_second_derivative",
     "hessian",
     "hessians_at",
     "hutchinson",

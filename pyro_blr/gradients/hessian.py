@@ -1,7 +1,8 @@
 """Price's theorem at second order: E_q[H] is the average of Hessians, E_q[g] of gradients, over antithetic pairs.
 
 On a quadratic ℓ every Hessian is the same and a pair's gradient noise cancels, so one pair is exact. Costs one run
-of the model and D + 1 gradients a draw, D of them vectorised; the automatic choice up to a few hundred coordinates.
+of the model and D + 1 gradients a draw, D of them vectorised, or 2 D + 1 runs where the model has one derivative only
+(`_second.py`); the automatic choice up to a few hundred coordinates.
 
 Source: Khan & Rue 2023, equations 9 and 10; Opper & Archambeau 2009.
 """
@@ -14,34 +15,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..families import Block
 from ._estimate import Draws, Estimate, Extras, Objective, at_every_draw, average_over_pairs, value_and_gradient
+from ._second import by_differences, gradient_of, standard_deviations
 
 __all__ = ["hessian", "hessians_at"]
 
 
 def hessian(
-    objective: Objective, loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draws: Draws
+    objective: Objective,
+    loc: Tensor,
+    scales: tuple[Tensor | None, ...],
+    others: Any,
+    draws: Draws,
+    blocks: tuple[Block, ...],
+    *,
+    differences: bool = False,
 ) -> Estimate:
     """E_q[g] and E_q[∇²ℓ] at the given draws."""
-    hessians, losses, gradients, extras = hessians_at(objective, loc, scales, others, draws)
-    return average_over_pairs(losses, gradients, hessians, extras, cost=len(loc) + 1)
+    hessians, losses, gradients, extras, cost = hessians_at(
+        objective, loc, scales, others, draws, blocks, differences=differences
+    )
+    return average_over_pairs(losses, gradients, hessians, extras, cost)
 
 
 def hessians_at(
-    objective: Objective, loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draws: Draws
-) -> tuple[Tensor, Tensor, Tensor, Extras]:
-    """(∇²ℓ [S, D, D], losses [S], ∇ℓ [S, D]), one for each draw, and the extras of the first."""
+    objective: Objective,
+    loc: Tensor,
+    scales: tuple[Tensor | None, ...],
+    others: Any,
+    draws: Draws,
+    blocks: tuple[Block, ...],
+    *,
+    differences: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Extras, int]:
+    """(∇²ℓ [S, D, D], losses [S], ∇ℓ [S, D]), one for each draw, the extras of the first, and the cost of one.
+
+    Args:
+        differences: of gradients, where the model has no second derivative.
+    """
     identity = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
+    columns = standard_deviations(blocks, scales, identity) if differences else identity  # Cᵀ
 
     def at_draw(draw: Draws):
         loss, extras, gradient, location = value_and_gradient(objective, loc, scales, others, draw)
         matrix = torch.zeros_like(identity)
-        if gradient.requires_grad:  # not where ℓ is linear
+        if differences:
+            at = gradient_of(objective, scales, others, draw)
+            matrix = torch.linalg.solve(columns, by_differences(at, loc, columns))
+        elif gradient.requires_grad:  # not where ℓ is linear
             (matrix,) = torch.autograd.grad(gradient, location, identity, is_grads_batched=True, materialize_grads=True)
         return loss, gradient.detach(), matrix, extras
 
     (losses, gradients, matrices), extras = at_every_draw(objective, _second_order, at_draw, loc, scales, draws)
-    return (matrices + matrices.mT) / 2, losses, gradients, extras
+    cost = (2 if differences else 1) * len(loc) + 1
+    return (matrices + matrices.mT) / 2, losses, gradients, extras, cost
 
 
 def _second_order(loss: Callable[..., Tensor], forward: bool) -> Callable[..., tuple[Tensor, ...]]:

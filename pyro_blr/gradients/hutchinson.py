@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..families import Block
 from ._estimate import Draws, Estimate, Objective, at_every_draw, average_over_pairs, value_and_gradient
+from ._second import by_differences, gradient_of, standard_deviations
 
 __all__ = ["hutchinson", "parted"]
 
@@ -31,16 +32,23 @@ def hutchinson(
     scales: tuple[Tensor | None, ...],
     others: Any,
     draws: Draws,
+    blocks: tuple[Block, ...],
+    *,
+    differences: bool = False,
 ) -> Estimate:
     """E_q[g] and an estimate of diag E_q[∇²ℓ] at the given draws, of which each has its probes."""
     probes = draws.probes
     assert probes is not None  # the rule makes them for a diagonal precision
+    unit = standard_deviations(blocks, scales, torch.ones_like(loc))
 
     def at_draw(draw: Draws):
         assert draw.probes is not None
         loss, extras, gradient, location = value_and_gradient(objective, loc, scales, others, draw)
         products = torch.zeros_like(draw.probes)
-        if gradient.requires_grad:  # not where ℓ is linear
+        if differences:
+            at = gradient_of(objective, scales, others, draw)
+            products = by_differences(at, loc, unit * draw.probes) / unit
+        elif gradient.requires_grad:  # not where ℓ is linear
             for product, probe in zip(products, draw.probes, strict=True):
                 product += torch.autograd.grad(gradient, location, probe, retain_graph=True, materialize_grads=True)[0]
         return loss, gradient.detach(), products, extras

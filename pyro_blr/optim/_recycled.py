@@ -148,6 +148,8 @@ def step(
     noise: Tensor,
     temperature: float,
     digest: int,
+    *,
+    differences: bool = False,
 ) -> tuple[State, Tensor, bool]:
     """One step.
 
@@ -155,6 +157,7 @@ def step(
         objective: E_q[ℓ]/τ − H(q) at a noise ε, see `gradients/_estimate.py`.
         noise: ε of as many pairs as a step may draw, [K, D]; the first `num_pairs` are used.
         digest: of the model's arguments.
+        differences: whether Hessians are differences of gradients.
 
     Returns:
         the next state, the loss averaged over the fresh draws, and whether the Gaussian moved. Where the loss, a
@@ -166,7 +169,7 @@ def step(
     assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
     pairs = torch.stack([noise, -noise], 1)[: recycling.num_pairs]
     draws = Draws.at(pairs.flatten(0, 1))  # one object for all that is asked of them, whose noise is made once
-    pool, losses, usable = _fresh(state, objective, blocks, pairs, draws, temperature)
+    pool, losses, usable, evaluations = _fresh(state, objective, blocks, pairs, draws, temperature, differences)
 
     def place(loc: Tensor, precision: DensePrecision, scales: tuple[Any, ...]) -> _Place:
         moments = recycled.moments(pool, blocks, loc, scales)
@@ -175,8 +178,7 @@ def step(
         return _Place(loc, precision, moments, residual, error, float((moments.weights * pool.values).sum()))
 
     if not usable:
-        evaluations = state.evaluations + losses.numel() * (len(state.loc) + 1)
-        kept = replace(state, recycling=replace(recycling, pool=pool), evaluations=evaluations)
+        kept = replace(state, recycling=replace(recycling, pool=pool), evaluations=state.evaluations + evaluations)
         return skipped(kept), losses.mean(), False
     start = place(state.loc, state.precision, scales_of(state.precision, blocks, state.radius))
     far, last_gradient = start.far, state.rate.last_gradient
@@ -240,7 +242,7 @@ def step(
     kept = replace(
         state,
         recycling=Recycling(pool, num_pairs, digest, end.taken),
-        evaluations=state.evaluations + 2 * recycling.num_pairs * (len(state.loc) + 1 + end.proposals + far),
+        evaluations=state.evaluations + evaluations + 2 * recycling.num_pairs * (end.proposals + far),
         residual=start.residual,
         error=start.error,
         rate=state.rate.after(rate, end.rate, noisy_steps, start.moments.gradient, end.taken),
@@ -251,13 +253,23 @@ def step(
 
 
 def _fresh(
-    state: State, objective: Objective, blocks: tuple[Block, ...], pairs: Tensor, draws: Draws, temperature: float
-) -> tuple[recycled.Pool, Tensor, bool]:
-    """The pool with the pairs up to the first that is not finite, all losses, [K, 2], and whether there is none."""
+    state: State,
+    objective: Objective,
+    blocks: tuple[Block, ...],
+    pairs: Tensor,
+    draws: Draws,
+    temperature: float,
+    differences: bool,
+) -> tuple[recycled.Pool, Tensor, bool, int]:
+    """The pool with the pairs up to the first that is not finite, all losses, [K, 2], whether there is none, and the
+    gradients that they took.
+    """
     scales = scales_of(state.precision, blocks, state.radius)
     _, log_determinant = recycled.standardized(blocks, state.loc, scales, state.loc)
     constant = log_determinant + len(state.loc) * math.log(2 * math.pi) / (2 * temperature)
-    hessians, losses, gradients, _ = hessians_at(objective, state.loc, scales, None, draws)
+    hessians, losses, gradients, _, cost = hessians_at(
+        objective, state.loc, scales, None, draws, blocks, differences=differences
+    )
     losses = losses.reshape(-1, 2)
     energies = losses + constant + (pairs**2).sum(-1) / (2 * temperature)  # ℓ/τ
     found = [pairs, energies, gradients.reshape(pairs.shape), hessians.reshape(*pairs.shape, -1)]
@@ -266,7 +278,7 @@ def _fresh(
     pool = state.recycling.pool
     if num_finite:
         pool = recycled.append(pool, blocks, state.loc, scales, *(array[:num_finite] for array in found))
-    return pool, losses, num_finite == len(pairs)
+    return pool, losses, num_finite == len(pairs), cost * losses.numel()
 
 
 def _cap(noisy_steps: int, effective: float, num_pairs: int) -> float:

@@ -134,6 +134,7 @@ class Tracer:
         estimate: Callable[[Objective, Tensor], Estimate],
         gaussian: tuple[Tensor, tuple[Tensor | None, ...]] | None,
         seed: int,
+        differences: bool,
     ) -> Objective:
         """`untraced` with a graph for all draws, or as it is where there can be none.
 
@@ -143,6 +144,7 @@ class Tracer:
             estimate: (objective, m) -> the estimate of this step, which the graph must give as the host does.
             gaussian: m and C where the step starts, if any.
             seed: of the noise.
+            differences: whether second derivatives are differences of the host's gradients.
 
         Raises:
             RuntimeError: there can be none and `compile` is not "auto".
@@ -158,7 +160,7 @@ class Tracer:
             if isinstance(graph, str):
                 raise Untraceable(graph)
             if graph is None:
-                refused = _refused(layout, len(self.graphs))
+                refused = _refused(layout, len(self.graphs), differences)
                 if refused or gaussian is None:
                     raise Untraceable(refused)
                 graph = _made(
@@ -220,8 +222,10 @@ def _described(leaf: Any) -> Any:
     return (type(leaf), leaf) if isinstance(leaf, (bool, int, float, str, type(None))) else (type(leaf), id(leaf))
 
 
-def _refused(layout: Layout, num_graphs: int) -> str:
+def _refused(layout: Layout, num_graphs: int, differences: bool) -> str:
     """What can be told before anything is run; empty for nothing."""
+    if differences:
+        return "a backward pass of its own, which has no second derivative, would be lost in a graph"
     if layout.members:
         return f"the sites {', '.join(member.name for member in layout.members)} are of other families than the Normal"
     if layout.others:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import pyro.optim
@@ -21,7 +22,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..families import (
-    Block,
     DensePrecision,
     DiagonalPrecision,
     MultivariateNormalNatural,
@@ -34,6 +34,7 @@ from ..gradients import (
     Extras,
     Objective,
     each_draw,
+    has_second_derivative,
     hessian,
     hutchinson,
     parted,
@@ -65,6 +66,7 @@ class OptState:
         roles: how each member takes part, in the order of a sweep.
         seed: of all draws, from the host's random state at the first step: how much of that the host's own evaluation
             of the loss takes from step to step makes no difference to them.
+        differences: whether second derivatives are differences of gradients, because the model has none.
     """
 
     count: int
@@ -73,6 +75,7 @@ class OptState:
     layout: Layout
     roles: tuple[_sweep.Role, ...]
     seed: int
+    differences: bool = False
 
     @property
     def step_seed(self) -> int:
@@ -168,6 +171,7 @@ class BLR(pyro.optim.PyroOptim):
             roles=roles,
             seed=self._loaded["seed"] if self._loaded else int(torch.randint(2**62, ())),
         )
+        state = replace(state, differences=self._needs_differences(svi, args, kwargs, state))
         return self._resumed(state) if self._loaded else state
 
     def _gaussian(self, svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> State:
@@ -187,6 +191,13 @@ class BLR(pyro.optim.PyroOptim):
         )
         start = loc if self.learning_rate is not None else beside(loc, precision, layout.blocks)
         return init(start, precision, _recycled.init(loc, scales) if recycles else None)
+
+    def _needs_differences(self, svi: SVI, args: tuple, kwargs: dict, state: OptState) -> bool:
+        if state.gaussian is None or state.layout.members or self.estimator == "gradient":
+            return False
+        objective, blocks = _svi.objective_of(svi, args, kwargs, state.layout, seed=0), state.layout.blocks
+        scales = scales_of(state.gaussian.precision, blocks, 1.0)
+        return not has_second_derivative(objective, state.gaussian.loc, scales, None, Draws(0, 1.0, None), blocks)
 
     def _roles(self, svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> tuple[Layout, tuple[_sweep.Role, ...]]:
         """How each member takes part; Normal members that no conjugacy holds for join the Gaussian of the sites."""
@@ -283,7 +294,7 @@ class BLR(pyro.optim.PyroOptim):
             noise = _svi.joint_noise(seed, self.num_draws // 2, gaussian.loc)
             digest = self._fingerprint.of(args, kwargs)
             gaussian, average, moved = _recycled.step(
-                gaussian, objective, layout.blocks, noise, self.temperature, digest
+                gaussian, objective, layout.blocks, noise, self.temperature, digest, differences=state.differences
             )
             loss = self.temperature * average
         elif gaussian is not None:
@@ -293,7 +304,7 @@ class BLR(pyro.optim.PyroOptim):
                 layout.blocks,
                 None,
                 draws,
-                self._estimator(gaussian.precision, layout.blocks),
+                self._estimator(gaussian.precision, state.differences),
                 self._rate(state.count),
             )
             loss = loss if layout.members else self.temperature * estimate.loss
@@ -327,10 +338,14 @@ class BLR(pyro.optim.PyroOptim):
 
         def estimate(objective: Objective, loc: Tensor) -> Estimate:
             assert gaussian is not None  # where it is, nothing is traced
-            return self._estimator(gaussian.precision, layout.blocks)(objective, loc, scales, None, draws)
+            return self._estimator(gaussian.precision, state.differences)(
+                objective, loc, scales, None, draws, layout.blocks
+            )
 
         start = None if gaussian is None else (gaussian.loc, scales)
-        return self._tracer.objective(self.compile, svi, args, kwargs, layout, untraced, temper, estimate, start, seed)
+        return self._tracer.objective(
+            self.compile, svi, args, kwargs, layout, untraced, temper, estimate, start, seed, state.differences
+        )
 
     def _sweep(
         self, objective: Objective, state: OptState, draws: Draws, seed: int
@@ -461,13 +476,13 @@ class BLR(pyro.optim.PyroOptim):
             probes = parted(signs.to(loc.dtype) * 2 - 1, state.layout.blocks)
         return Draws(number=2 * list(range(num_pairs)), sign=[1.0] * num_pairs + [-1.0] * num_pairs, probes=probes)
 
-    def _estimator(self, precision: Precision, blocks: tuple[Block, ...]) -> Callable[..., Estimate]:
+    def _estimator(self, precision: Precision, differences: bool) -> Callable[..., Estimate]:
         dense = isinstance(precision, DensePrecision)
         if self.estimator == "gradient":
-            return lambda objective, loc, scales, others, _: reparameterized(
+            return lambda objective, loc, scales, others, _, blocks: reparameterized(
                 objective, loc, scales, others, blocks, dense=dense
             )
-        return hessian if dense else hutchinson
+        return partial(hessian if dense else hutchinson, differences=differences)
 
     def _rate(self, count: int) -> float | None:
         if callable(self.learning_rate):

@@ -27,15 +27,17 @@ def estimate(backend, name, problem, parts, noise, probes=None, *, weight=None, 
     weight = None if weight is None else backend.array(weight)
     objective = backend.objective(problem, parts, backend.array(noise), weight)
     draws = backend.draws(len(noise), None if probes is None else backend.array(probes))
-    return estimator(objective, backend.array(LOC), backend.scales(PRECISION, parts), None, draws)
+    return estimator(
+        objective, backend.array(LOC), backend.scales(PRECISION, parts), None, draws, backend.blocks(parts)
+    )
 
 
 def first_order(backend, problem, parts, eps, *, weight=None):
     """One estimate by the stock gradient at the draw `eps`."""
     weight = None if weight is None else backend.array(weight)
     objective = backend.objective(problem, parts, backend.array(eps)[None], weight)
-    estimator = backend.first_order(parts, dense=True)
-    return estimator(objective, backend.array(LOC), backend.scales(PRECISION, parts), None, None)
+    estimator = backend.first_order(dense=True)
+    return estimator(objective, backend.array(LOC), backend.scales(PRECISION, parts), None, None, backend.blocks(parts))
 
 
 def rademacher(random, *shape):
@@ -172,11 +174,13 @@ def test_second_order_estimators_are_unbiased(backend, name, curvature_of, rando
     truth = np.concatenate([gradient, curvature_of(hessian)])
     at_the_mean = np.concatenate([problem.gradient(LOC), curvature_of(problem.hessian(LOC))])
 
-    scales, loc = backend.scales(PRECISION, parts), backend.array(LOC)
+    scales, loc, blocks = backend.scales(PRECISION, parts), backend.array(LOC), backend.blocks(parts)
 
     def one(eps, probes):
         objective = backend.objective(problem, parts, eps[None])
-        return flat(backend, getattr(backend.gradients, name)(objective, loc, scales, None, backend.draws(1, probes)))
+        return flat(
+            backend, getattr(backend.gradients, name)(objective, loc, scales, None, backend.draws(1, probes), blocks)
+        )
 
     noise, probes = random.normal(size=(NUM_ESTIMATES, 4)), rademacher(random, NUM_ESTIMATES, 2, 1, 4)
     check_unbiased(backend.map(one, noise, probes), truth, at_the_mean)
@@ -191,11 +195,12 @@ def test_the_first_order_estimator_is_unbiased(backend, name, random):
     for group in parts[0].groups:
         of_the_structure[np.ix_(group, group)] = 1
     truth = np.concatenate([gradient, np.ravel(hessian * of_the_structure)])
-    estimator, scales = backend.first_order(parts, dense=True), backend.scales(PRECISION, parts)
+    estimator = backend.first_order(dense=True)
+    scales, blocks = backend.scales(PRECISION, parts), backend.blocks(parts)
 
     def one(eps):
         objective = backend.objective(problem, parts, eps[None])
-        return flat(backend, estimator(objective, backend.array(LOC), scales, None, None))
+        return flat(backend, estimator(objective, backend.array(LOC), scales, None, None, blocks))
 
     # |g|/σ of noise that second order does not have: four times the draws tell the gradients apart, and H from zero
     estimates = backend.map(one, random.normal(size=(4 * NUM_ESTIMATES, 4)))

@@ -253,10 +253,10 @@ def test_forward_mode_is_reverse_mode_for_every_estimator(numpyro_bridge, random
     objective = numpyro_bridge.objective(problem, parts, jnp.asarray(random.normal(size=(2, 4))))
     gradients, probes = numpyro_bridge.gradients, jnp.asarray(random.choice([-1.0, 1.0], size=(4, 1, 4)))
     draws = numpyro_bridge.draws(2, probes)
-    for estimator in (gradients.hessian, gradients.hutchinson):
-        ends = [estimator(objective, loc, scales, None, draws, forward=forward) for forward in (False, True)]
-        check_same(*ends, rtol=1e-11, atol=1e-12)
     blocks = numpyro_bridge.blocks(parts)
+    for estimator in (gradients.hessian, gradients.hutchinson):
+        ends = [estimator(objective, loc, scales, None, draws, blocks, forward=forward) for forward in (False, True)]
+        check_same(*ends, rtol=1e-11, atol=1e-12)
     ends = [
         gradients.reparameterized(objective, loc, scales, None, blocks, dense=True, forward=forward)
         for forward in (False, True)
@@ -294,7 +294,9 @@ def test_other_parameters_get_the_averaged_gradient_of_the_same_draws(numpyro_br
 
     draws = numpyro_bridge.draws(2, jnp.ones((4, 1, 4)))
     others, scales = {"shift": jnp.zeros(4)}, numpyro_bridge.scales(precision, parts)
-    estimate = getattr(numpyro_bridge.gradients, name)(objective, jnp.asarray(loc), scales, others, draws)
+    estimate = getattr(numpyro_bridge.gradients, name)(
+        objective, jnp.asarray(loc), scales, others, draws, numpyro_bridge.blocks(parts)
+    )
     factor = reference.factor_of(precision, parts, np.nan)
     points = [loc + sign * factor @ eps for sign in (1, -1) for eps in noise]
     expected = np.mean([problem.gradient(z) for z in points], axis=0)
@@ -337,6 +339,33 @@ def test_draws_of_other_families_follow_the_key():
         for seed in (0, 0, 1)
     )
     assert once["r"].concentration == again["r"].concentration != other["r"].concentration
+
+
+@pytest.mark.slow
+def test_the_host_s_solver_of_differential_equations_is_as_good_as_the_solution():
+    """Logistic growth, z' = r z (1 − z), solved by JAX, whose gradients have no derivative, and by hand."""
+    times, counts = jnp.arange(6.0), jnp.array([1.0, 4.0, 8.0, 14.0, 18.0, 19.0])
+
+    def solved(start, rate):
+        from jax.experimental.ode import odeint
+
+        return odeint(lambda z, t: rate * z * (1 - z), start, times, rtol=1e-8, atol=1e-8)
+
+    def by_hand(start, rate):
+        return 1 / (1 + (1 / start - 1) * jnp.exp(-rate * times))
+
+    def growth(solution):
+        start = numpyro.sample("start", dist.Beta(1.0, 5.0))
+        rate = numpyro.sample("rate", dist.LogNormal(0.0, 0.5))
+        numpyro.sample("counts", dist.Poisson(20 * solution(start, rate)).to_event(1), obs=counts)
+
+    ends = []
+    for solution in (solved, by_hand):
+        model = partial(growth, solution)
+        svi = SVI(model, AutoMultivariateNormal(model), BLR(), Trace_ELBO())
+        ends.append(svi.run(jax.random.key(0), 15, progress_bar=False).params)
+    for name, expected in ends[1].items():
+        assert_allclose(ends[0][name], expected, rtol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -316,3 +316,63 @@ def test_the_state_of_a_fit_in_single_precision_is_single(guide):
         assert {value.dtype for value in kept} == {torch.float32}
     finally:
         torch.set_default_dtype(torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Second derivatives
+
+
+class SilentExp(torch.autograd.Function):
+    """exp, whose backward pass leaves itself out of a second one without a word."""
+
+    @staticmethod
+    def forward(ctx, value):
+        result = value.exp()
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient * ctx.saved_tensors[0]).detach()
+
+
+def of_rates(exp, prior=dist.Normal):
+    def model():
+        log_rate = pyro.sample("log_rate", prior(torch.zeros(2), torch.ones(2)).to_event(1))
+        with pyro.plate("data", 2):
+            pyro.sample("y", dist.Poisson(exp(log_rate)), obs=torch.tensor([3.0, 1.0]))
+
+    return model
+
+
+def test_a_second_derivative_that_leaves_out_a_part_is_found_out():
+    ends = []
+    for exp in (torch.exp, SilentExp.apply):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model = of_rates(exp)
+        run(make_svi(model, AutoMultivariateNormal(model)), 8)
+        ends.append(stored())
+    for name, expected in ends[0].items():
+        assert_allclose(ends[1][name], expected, rtol=2e-3)
+
+
+def test_a_graph_that_would_lose_a_backward_pass_is_refused():
+    model = of_rates(SilentExp.apply)
+    svi = make_svi(model, AutoNormal(model))
+    svi.optim.compile = True
+    with pytest.raises(RuntimeError, match="backward pass of its own"):
+        svi.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("prior", [dist.Normal, dist.Laplace])
+def test_rounding_and_kinks_are_no_reason_for_differences(dtype, prior):
+    torch.set_default_dtype(dtype)
+    try:
+        model = of_rates(torch.exp, prior)
+        svi = make_svi(model, AutoNormal(model))
+        svi.step()
+    finally:
+        torch.set_default_dtype(torch.float64)
+    assert not svi.optim.state.differences

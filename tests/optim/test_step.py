@@ -117,7 +117,7 @@ class Rule:
 
     def in_package(self, backend, parts):
         if self.first_order:
-            return backend.first_order(parts, self.dense)
+            return backend.first_order(self.dense)
         return getattr(backend.gradients, self.estimator)
 
     def in_reference(self, problem, parts, noise, probes):
