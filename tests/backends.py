@@ -127,7 +127,7 @@ class Bridge:
             precision=self.precision_array(state.precision),
             rate=float(state.rate.rate),
             taken=float(state.rate.taken),
-            noisy_steps=int(state.rate.noisy_steps),
+            noisy_steps=float(state.rate.noisy_steps),
             rejected=int(state.rate.rejected),
             last_gradient=self.to_numpy(state.rate.last_gradient),
             radius=float(state.radius),

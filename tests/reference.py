@@ -133,7 +133,7 @@ class State:
     precision: np.ndarray
     rate: float = 1.0
     taken: float = math.nan
-    noisy_steps: int = 0
+    noisy_steps: float = 0.0
     rejected: int = 0
     last_gradient: np.ndarray | None = None  # zero before the first step
     radius: float = 1.0
@@ -254,9 +254,14 @@ def step(
 
     covariance = np.linalg.inv(as_matrix(state.precision))
     opposed = state.last_gradient is not None and bool(estimate.gradient @ covariance @ state.last_gradient < 0)
-    noisy = opposed and (minibatch or inside_noise(estimate, covariance))
-    state = replace(state, last_gradient=estimate.gradient)
-    noisy_steps = state.noisy_steps + noisy
+    inside = inside_noise(estimate, covariance)
+    noisy, average = opposed and (inside or minibatch), np.zeros(len(estimate.gradient))
+    if state.last_gradient is not None and state.last_gradient.any():
+        now, before = (vector @ covariance @ vector for vector in (estimate.gradient, state.last_gradient))
+        average = min(1.0, (now / before) ** 0.5) * state.last_gradient
+    state = replace(state, last_gradient=0.9 * average + 0.1 * estimate.gradient)
+    going_on = inside and not opposed and not minibatch
+    noisy_steps = max(0.0, state.noisy_steps + noisy - 0.5 * going_on)
     first = tried = min(state.rate, 2 / (noisy_steps + 2))
     for tries in range(1, 9):
         loc, precision, reflected = propose(tried)

@@ -123,14 +123,14 @@ def step(
 
     residual, error = _rate.residual_and_error(estimate, state.precision)
     if learning_rate is None:
-        noisy = (residual < _rate.NOISE_RATIO * error) | jnp.asarray(estimate.extras.minibatch)
-        noisy &= _rate.opposed(estimate.gradient, state.precision, state.rate.last_gradient)
+        inside, minibatch = residual < _rate.NOISE_RATIO * error, jnp.asarray(estimate.extras.minibatch)
+        opposed = _rate.opposed(estimate.gradient, state.precision, state.rate.last_gradient)
         rate, (loc, precision), moved, proposals = _rate.search(
             state.rate,
             jnp.where(usable, estimate.losses, jnp.nan),  # a step that is refused makes no proposals
-            noisy,
+            _rate.counted(state.rate, inside, opposed, minibatch),
             residual + len(state.loc),
-            estimate.gradient,
+            _rate.averaged(state.rate.last_gradient, estimate.gradient, state.precision),
             propose_and_evaluate,
         )
     else:

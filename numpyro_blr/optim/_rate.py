@@ -3,11 +3,12 @@
 One step, given the estimate (g, H) at K antithetic pairs of draws and their losses:
 
 1. Noise or progress? With residual r² = gᵀ S⁻¹ g (the natural gradient's Fisher norm) and V its Monte Carlo variance
-   from the spread over pairs, a step with r² < 2 V is inside its noise. If it also takes back what the last one did,
-   gᵀ S⁻¹ g_last < 0 (Pflug 1990), the n-th such step caps the rate at 2 / (n + 2), which averages the noise away
-   (Robbins & Monro 1951). Steps that go on in one direction make progress, however noisy, and do not lower the cap.
-   All draws of a step share one minibatch, whose noise V does not show: where a plate is subsampled, taking back is
-   enough.
+   from the spread over pairs, a step with r² < 2 V is inside its noise. If it also takes back what the last ones did,
+   gᵀ S⁻¹ ḡ < 0 (Pflug 1990), with ḡ ← 0.9 ḡ + 0.1 g, the n-th such step caps the rate at 2 / (n + 2), which averages
+   the noise away (Robbins & Monro 1951). One that goes on makes progress, however noisy, and takes 1/2 from n: among D
+   coordinates of noise, a few along which there is far to go show in ḡ, and not in the step before. All draws of a step
+   share one minibatch, whose noise V does not show: where a plate is subsampled, taking back is enough, and going on
+   takes nothing from n.
 2. Propose with rate ρ; evaluate the loss around the proposed mean *at the same noise* and the same scales, of which ĝ
    is the gradient: what a few draws make of D new scales would be noise. Accept unless it is worse by more than one
    standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients. Of a few
@@ -33,10 +34,21 @@ from jax import Array, lax
 from ..families import Precision
 from ..gradients import Estimate
 
-__all__ = ["RateState", "init", "next_rate", "not_worse", "opposed", "residual_and_error", "search", "squared_norm"]
+__all__ = [
+    "RateState",
+    "averaged",
+    "counted",
+    "init",
+    "next_rate",
+    "not_worse",
+    "opposed",
+    "residual_and_error",
+    "search",
+    "squared_norm",
+]
 
 CUT, GROW, MAX_PROPOSALS = 0.4, 1.7, 8
-NOISE_RATIO = 2.0
+NOISE_RATIO, MEMORY, GOING_ON = 2.0, 0.9, 0.5
 
 
 @jax.tree_util.register_dataclass
@@ -47,9 +59,11 @@ class RateState:
     Attributes:
         rate: the rate that the next step tries first, if its cap lets it.
         taken: ρ of the last step that was accepted; NaN before the first.
-        noisy_steps: n, steps so far that were inside their Monte Carlo error and took back what the last one did.
+        noisy_steps: n, steps so far that were inside their Monte Carlo error and took back what the last ones did, less
+            half of those that were inside it and went on.
         rejected: steps so far of which no proposal was accepted.
-        last_gradient: E_q[g] of the step before, [D]; a direction in λ for a member of another family.
+        last_gradient: ḡ, [D]; with recycled draws E_q[g] of the step before, and a direction in λ for a member of
+            another family.
     """
 
     rate: Array
@@ -69,7 +83,7 @@ def init(loc: Array) -> RateState:
     return RateState(
         rate=jnp.ones((), loc.dtype),
         taken=jnp.full((), jnp.nan, loc.dtype),
-        noisy_steps=jnp.zeros((), jnp.int32),
+        noisy_steps=jnp.zeros((), loc.dtype),
         rejected=jnp.zeros((), jnp.int32),
         last_gradient=jnp.zeros_like(loc),
     )
@@ -78,7 +92,7 @@ def init(loc: Array) -> RateState:
 def search(
     state: RateState,
     losses: Array,
-    noisy: Array,
+    noisy_steps: Array,
     most: Array,
     gradient: Any,
     propose: Callable[[Array], tuple[Any, Array]],
@@ -87,7 +101,7 @@ def search(
 
     Args:
         losses: [S], where the step starts.
-        noisy: whether the natural gradient tells nothing but noise.
+        noisy_steps: n, this step with the others.
         most: nats that may count as noise of the losses, r² + D.
         gradient: kept for the next step.
         propose: rate -> (proposal, losses [S] of the proposal at the same draws).
@@ -95,9 +109,7 @@ def search(
     Returns:
         the next rate state, the last proposal made, whether it was accepted, and how many were made.
     """
-
-    noisy_steps = state.noisy_steps + noisy.astype(jnp.int32)
-    first_rate = jnp.minimum(state.rate, 2 / (noisy_steps.astype(state.rate.dtype) + 2))
+    first_rate = jnp.minimum(state.rate, 2 / (noisy_steps + 2))
     every_pair = jnp.ones(len(losses) // 2, bool)
 
     def attempt(carry):
@@ -139,8 +151,21 @@ def residual_and_error(estimate: Estimate, precision: Precision) -> tuple[Array,
 
 
 def opposed(gradient: Array, precision: Precision, last_gradient: Array) -> Array:
-    """gᵀ S⁻¹ g_last < 0: whether this step takes back what the last one did."""
+    """gᵀ S⁻¹ ḡ < 0: whether this step takes back what the last ones did."""
     return gradient @ precision.solve(last_gradient) < 0
+
+
+def counted(state: RateState, inside: Array, opposed: Array, minibatch: Array) -> Array:
+    """n after a step that was inside its noise, or not, and opposed the last ones, or went on."""
+    more = jnp.where((inside | minibatch) & opposed, 1, jnp.where(inside & ~minibatch & ~opposed, -GOING_ON, 0))
+    return jnp.maximum(0, state.noisy_steps + more.astype(state.noisy_steps.dtype))
+
+
+def averaged(last_gradient: Array, gradient: Array, precision: Precision) -> Array:
+    """ḡ of the next step; what it was is no longer than the gradient, so that one of far away is soon forgotten."""
+    before, now = squared_norm(last_gradient, precision), squared_norm(gradient, precision)
+    shorter = jnp.where(before > now, now / jnp.where(before > 0, before, 1), 1) ** 0.5
+    return MEMORY * shorter * last_gradient + (1 - MEMORY) * gradient
 
 
 def not_worse(before: Array, after: Array, most: Array, taken: Array) -> Array:

@@ -176,7 +176,7 @@ def step(
 
     def noisy_steps_of(start: _Place) -> Array:
         opposed = _rate.opposed(start.moments.gradient, start.precision, state.rate.last_gradient)
-        return state.rate.noisy_steps + ((start.noisy | changed) & opposed).astype(jnp.int32)
+        return state.rate.noisy_steps + ((start.noisy | changed) & opposed).astype(dtype)
 
     def cap_of(start: _Place) -> Array:
         return _cap(noisy_steps_of(start), start.moments.effective, recycling.num_pairs)
@@ -362,5 +362,5 @@ def _pair(noise: Array) -> Array:
 
 def _cap(noisy_steps: Array, effective: Array, num_pairs: Array) -> Array:
     """2/(n + 2), times the number of steps' draws that the estimate is worth; at most 1."""
-    falling = 2 / (noisy_steps.astype(effective.dtype) + 2)
+    falling = 2 / (noisy_steps + 2)
     return jnp.minimum(1, falling * effective / (2 * num_pairs).astype(effective.dtype))

@@ -304,8 +304,8 @@ def _falling(
     if learning_rate is not None:
         return learning_rate, state
     opposed = direction.inner(natural.fisher_product(state.last_gradient)).sum() < 0
-    noisy_steps = state.noisy_steps + (noisy & opposed).astype(jnp.int32)
-    rate = 2 / (noisy_steps.astype(natural.flat().dtype) + 2)
+    noisy_steps = state.noisy_steps + (noisy & opposed).astype(state.noisy_steps.dtype)
+    rate = 2 / (noisy_steps + 2)
     return rate, replace(state, taken=rate, noisy_steps=noisy_steps, last_gradient=direction)
 
 
@@ -341,8 +341,9 @@ def _drawn_step(
     spread = jax.vmap(lambda one: squared_norm(one - direction))(by_draw).sum()
     residual, variance = squared_norm(direction), spread / (design.num_draws * (design.num_draws - 1))
     noisy, most = residual < _rate.NOISE_RATIO * variance, residual + natural.flat().size
+    noisy_steps = state.noisy_steps + noisy.astype(state.noisy_steps.dtype)
     before = _by_draw(design, losses) - entropy(natural)
-    state, proposed, accepted, _ = _rate.search(state, before, noisy, most, direction, propose)
+    state, proposed, accepted, _ = _rate.search(state, before, noisy_steps, most, direction, propose)
     return state, proposed.where(jnp.broadcast_to(accepted, natural.batch_shape), natural)
 
 

@@ -137,10 +137,15 @@ def step(
 
     residual, error = _rate.residual_and_error(estimate, state.precision)
     if learning_rate is None:
-        noisy = residual < _rate.NOISE_RATIO * error or estimate.extras.minibatch
-        noisy = noisy and _rate.opposed(estimate.gradient, state.precision, state.rate.last_gradient)
+        inside, minibatch = residual < _rate.NOISE_RATIO * error, bool(estimate.extras.minibatch)
+        opposed = _rate.opposed(estimate.gradient, state.precision, state.rate.last_gradient)
         rate, (loc, precision), moved, proposals = _rate.search(
-            state.rate, estimate.losses, noisy, residual + len(state.loc), estimate.gradient, propose_and_evaluate
+            state.rate,
+            estimate.losses,
+            _rate.counted(state.rate, inside, opposed, minibatch),
+            residual + len(state.loc),
+            _rate.averaged(state.rate.last_gradient, estimate.gradient, state.precision),
+            propose_and_evaluate,
         )
     else:
         rate, (loc, precision), proposals = state.rate, propose(learning_rate), 0

@@ -3,11 +3,12 @@
 One step, given the estimate (g, H) at K antithetic pairs of draws and their losses:
 
 1. Noise or progress? With residual r² = gᵀ S⁻¹ g (the natural gradient's Fisher norm) and V its Monte Carlo variance
-   from the spread over pairs, a step with r² < 2 V is inside its noise. If it also takes back what the last one did,
-   gᵀ S⁻¹ g_last < 0 (Pflug 1990), the n-th such step caps the rate at 2 / (n + 2), which averages the noise away
-   (Robbins & Monro 1951). Steps that go on in one direction make progress, however noisy, and do not lower the cap.
-   All draws of a step share one minibatch, whose noise V does not show: where a plate is subsampled, taking back is
-   enough.
+   from the spread over pairs, a step with r² < 2 V is inside its noise. If it also takes back what the last ones did,
+   gᵀ S⁻¹ ḡ < 0 (Pflug 1990), with ḡ ← 0.9 ḡ + 0.1 g, the n-th such step caps the rate at 2 / (n + 2), which averages
+   the noise away (Robbins & Monro 1951). One that goes on makes progress, however noisy, and takes 1/2 from n: among D
+   coordinates of noise, a few along which there is far to go show in ḡ, and not in the step before. All draws of a step
+   share one minibatch, whose noise V does not show: where a plate is subsampled, taking back is enough, and going on
+   takes nothing from n.
 2. Propose with rate ρ; evaluate the loss around the proposed mean *at the same noise* and the same scales, of which ĝ
    is the gradient: what a few draws make of D new scales would be noise. Accept unless it is worse by more than one
    standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients. Of a few
@@ -33,10 +34,21 @@ from torch import Tensor
 from ..families import Precision
 from ..gradients import Estimate
 
-__all__ = ["RateState", "init", "next_rate", "not_worse", "opposed", "residual_and_error", "search", "squared_norm"]
+__all__ = [
+    "RateState",
+    "averaged",
+    "counted",
+    "init",
+    "next_rate",
+    "not_worse",
+    "opposed",
+    "residual_and_error",
+    "search",
+    "squared_norm",
+]
 
 CUT, GROW, MAX_PROPOSALS = 0.4, 1.7, 8
-NOISE_RATIO = 2.0
+NOISE_RATIO, MEMORY, GOING_ON = 2.0, 0.9, 0.5
 
 
 @dataclass(frozen=True)
@@ -46,18 +58,20 @@ class RateState:
     Attributes:
         rate: the rate that the next step tries first, if its cap lets it.
         taken: ρ of the last step that was accepted; NaN before the first.
-        noisy_steps: n, steps so far that were inside their Monte Carlo error and took back what the last one did.
+        noisy_steps: n, steps so far that were inside their Monte Carlo error and took back what the last ones did, less
+            half of those that were inside it and went on.
         rejected: steps so far of which no proposal was accepted.
-        last_gradient: E_q[g] of the step before, [D].
+        last_gradient: ḡ, [D]; with recycled draws E_q[g] of the step before, and a direction in λ for a member of
+            another family.
     """
 
     rate: float
     taken: float
-    noisy_steps: int
+    noisy_steps: float
     rejected: int
     last_gradient: Any
 
-    def after(self, rate: float, tried: float, noisy_steps: int, gradient: Any, accepted: bool) -> RateState:
+    def after(self, rate: float, tried: float, noisy_steps: float, gradient: Any, accepted: bool) -> RateState:
         """The next state, after a step whose last proposal was at the rate `tried`."""
         taken = tried if accepted else self.taken
         rejected = self.rejected + (not accepted)
@@ -65,13 +79,13 @@ class RateState:
 
 
 def init(loc: Tensor) -> RateState:
-    return RateState(rate=1.0, taken=math.nan, noisy_steps=0, rejected=0, last_gradient=torch.zeros_like(loc))
+    return RateState(rate=1.0, taken=math.nan, noisy_steps=0.0, rejected=0, last_gradient=torch.zeros_like(loc))
 
 
 def search(
     state: RateState,
     losses: Tensor,
-    noisy: bool,
+    noisy_steps: float,
     most: float,
     gradient: Any,
     propose: Callable[[float], tuple[Any, Tensor]],
@@ -80,7 +94,7 @@ def search(
 
     Args:
         losses: [S], where the step starts.
-        noisy: whether the natural gradient tells nothing but noise.
+        noisy_steps: n, this step with the others.
         most: nats that may count as noise of the losses, r² + D.
         gradient: kept for the next step.
         propose: rate -> (proposal, losses [S] of the proposal at the same draws).
@@ -88,7 +102,6 @@ def search(
     Returns:
         the next rate state, the last proposal made, whether it was accepted, and how many were made.
     """
-    noisy_steps = state.noisy_steps + noisy
     rate = first_rate = min(state.rate, 2 / (noisy_steps + 2))
     accepted, tries = False, 0
     while not accepted and tries < MAX_PROPOSALS:
@@ -122,8 +135,22 @@ def residual_and_error(estimate: Estimate, precision: Precision) -> tuple[float,
 
 
 def opposed(gradient: Tensor, precision: Precision, last_gradient: Tensor) -> bool:
-    """gᵀ S⁻¹ g_last < 0: whether this step takes back what the last one did."""
+    """gᵀ S⁻¹ ḡ < 0: whether this step takes back what the last ones did."""
     return bool(gradient @ precision.solve(last_gradient) < 0)
+
+
+def counted(state: RateState, inside: bool, opposed: bool, minibatch: bool) -> float:
+    """n after a step that was inside its noise, or not, and opposed the last ones, or went on."""
+    if opposed:
+        return state.noisy_steps + (inside or minibatch)
+    return max(0.0, state.noisy_steps - GOING_ON) if inside and not minibatch else state.noisy_steps
+
+
+def averaged(last_gradient: Tensor, gradient: Tensor, precision: Precision) -> Tensor:
+    """ḡ of the next step; what it was is no longer than the gradient, so that one of far away is soon forgotten."""
+    before, now = float(squared_norm(last_gradient, precision)), float(squared_norm(gradient, precision))
+    shorter = (now / before) ** 0.5 if before > now else 1.0
+    return MEMORY * shorter * last_gradient + (1 - MEMORY) * gradient
 
 
 def not_worse(before: Tensor, after: Tensor, most: float) -> bool:

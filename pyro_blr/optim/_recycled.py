@@ -281,6 +281,6 @@ def _fresh(
     return pool, losses, num_finite == len(pairs), cost * losses.numel()
 
 
-def _cap(noisy_steps: int, effective: float, num_pairs: int) -> float:
+def _cap(noisy_steps: float, effective: float, num_pairs: int) -> float:
     """2/(n + 2), times the number of steps' draws that the estimate is worth; at most 1."""
     return min(1.0, 2 / (noisy_steps + 2) * effective / (2 * num_pairs))

@@ -345,7 +345,7 @@ def _drawn_step(
     residual, variance = float(squared_norm(direction)), float(spread) / (design.num_draws * (design.num_draws - 1))
     noisy, most = residual < _rate.NOISE_RATIO * variance, residual + natural.flat().numel()
     before = _by_draw(design, losses) - entropy(natural)
-    state, proposed, accepted, _ = _rate.search(state, before, noisy, most, direction, propose)
+    state, proposed, accepted, _ = _rate.search(state, before, state.noisy_steps + noisy, most, direction, propose)
     return state, proposed if accepted else natural
 
 

@@ -185,6 +185,33 @@ def test_the_ten_steps_meet_every_case_of_the_search(random):
     assert other.noisy_steps > end.noisy_steps, "gradients opposed to the last one"
 
 
+@pytest.mark.parametrize(
+    ("inside", "opposed", "minibatch", "more"),
+    [
+        (True, True, False, 1.0),
+        (True, False, False, -0.5),
+        (False, True, False, 0.0),
+        (False, False, False, 0.0),
+        (False, True, True, 1.0),
+        (True, False, True, 0.0),
+    ],
+)
+def test_steps_count_as_noise_while_they_take_back_what_was_done(backend, inside, opposed, minibatch, more):
+    rate = backend.module("optim._rate")
+    for before in (0.0, 4.0):
+        state = backend.state(replace(start(), noisy_steps=before)).rate
+        after = rate.counted(state, backend.flag(inside), backend.flag(opposed), backend.flag(minibatch))
+        assert float(after) == max(0.0, before + more)
+
+
+def test_gradients_from_far_away_are_soon_forgotten(backend):
+    rate, precision = backend.module("optim._rate"), backend.precision(np.array([1.0, 4.0]))
+    average = backend.array(np.array([1e9, 0.0]))
+    gradient = np.array([0.0, 2.0])
+    average = backend.to_numpy(rate.averaged(average, backend.array(gradient), precision))
+    assert_allclose(average, [0.9, 0.2])  # of length √(gᵀ S⁻¹ g) = 1 before
+
+
 @pytest.mark.parametrize("rate", [0.3, 0.9])
 @pytest.mark.parametrize(("rule", "layout"), [(DENSE, "mixed"), (DIAGONAL, "diagonal")], ids=str)
 def test_a_step_with_negative_curvature_equals_the_reference(backend, rule, layout, rate, random):

@@ -33,7 +33,7 @@ def test_groups_with_the_same_data_agree_after_forty_steps(backend):
     assert min(group.sum() for group in same) > 10
     for group in same:
         assert np.log(scale[group]).std() < 0.02
-        assert (loc[group] / scale[group]).std() < 0.05
+        assert (loc[group] / scale[group]).std() < 0.08
     means = np.array([loc[group].mean() for group in same])
     assert (np.diff(means) > 0.2).all(), "the more, the higher"
     assert_allclose(means @ [group.sum() for group in same] / GROUPS, 0, atol=0.1)  # of the offsets about the center
