@@ -4,13 +4,16 @@ With r² = gᵀ S⁻¹ g, the squared Fisher norm of the natural gradient, and V
 
     what a full step gains ≈ r²/2,        what noise costs ≈ c V/2,        c = ρ/(2 − ρ), or 1 with recycled draws.
 
-Converged, at two checks in a row: r² < 2 V or r²/2 < tolerance/10; c V/2 < tolerance; recycled draws are worth eight
-or more, and their expected Hessian Ĥ is in no direction below a quarter of S, as on a saddle or where nothing holds q;
-and the ELBO no longer rises. Sweeps that are exact have no noise: their ELBO stands still. The noise of minibatches is
-in r² and not in V, that of other optimizers in neither: there c r²/2 < tolerance over the last third of the checks,
-other parameters do not drift, and the averaged loss no longer falls, which is less, and is said.
+Converged, at two checks in a row: r² < 2 V or r²/2 < tolerance/10; c V/2 < tolerance; recycled draws are worth eight or
+more, and their expected Hessian Ĥ is in no direction below a quarter of S, as on a saddle or where nothing holds q; and
+the ELBO no longer rises. A drift along few of many coordinates is inside the noise of all: with the draws of each step
+alone, the mean's averages over the last three quarters of the steps, e₁ and e₂ apart, must not go on in one direction,
+e₁ᵀ S e₂ > |e₁| |e₂| / 2, in which the last quarter gained e₂ᵀ S e₂ / (2 Σ ρ) > tolerance/10. Sweeps that are exact have
+no noise: their ELBO stands still. The noise of minibatches is in r² and not in V, that of other optimizers in neither:
+there c r²/2 < tolerance over the last third of the checks, other parameters do not drift, and the averaged loss no
+longer falls, which is less, and is said.
 
-r² = `residual`, V = `error`, ρ = `rate`.
+r² = `residual`, V = `error`, ρ = `rate`, e₁, e₂ = `moves`.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ _CHOICES = ("auto", True, False)
 BETWEEN_CHECKS, SHARE_BETWEEN_CHECKS = 5, 20
 MIN_EFFECTIVE, MIN_CURVATURE = 8.0, 0.25
 MIN_AVERAGED, MAX_AVERAGED_RATE, MAX_DRIFT, NEGLIGIBLE = 60, 0.1, 2.0, 1e-3  # a steady drift is √12 of its spread
+MIN_IN_QUARTER, CREEPING = 2, 0.5
 MAX_FOLLOWED = 1000  # parameters of other optimizers
 FRESH_DRAWS = 300
 _MAX_UNOPTIMIZED = 2**14  # numbers in the arguments up to which compiling takes longer than the steps
@@ -57,6 +61,7 @@ class Check:
         effective: draws that recycled ones are worth.
         scale_cost: nats that noise of the scales costs, as V/2 is what that of the mean does.
         curvature: the smallest eigenvalue of S⁻¹ Ĥ, 1 where the rule is at rest.
+        creep: nats that a drift of the mean gained over the last quarter of the steps; 0 where it only went to and fro.
         drift: by how much the parameters of other optimizers moved on, over their spread, between two thirds of the
             checks.
     """
@@ -70,6 +75,7 @@ class Check:
     effective: float = math.nan
     scale_cost: float = math.nan
     curvature: float = math.nan
+    creep: float = math.nan
     drift: float = math.nan
 
 
@@ -131,8 +137,8 @@ def fit(
             num_steps = num_steps_between_checks(len(losses), max_steps)
             state, more, at_end = advance(state, num_steps)
             opt_state, losses = state.optim_state[1], np.append(losses, np.asarray(more)[:num_steps])
-            places.append(_place_of_others(opt_state))
-            checks.append(_check(optimizer, opt_state, at_end, losses, basis, _drift(places)))
+            places.append(_place_of_others(opt_state) if basis == "averaged" else _mean(opt_state))
+            checks.append(_check(optimizer, opt_state, at_end, losses, basis, checks, places))
             converged, reason = judge(checks, losses, basis, tolerance)
             _show(bar, num_steps, checks[-1])
             if len(losses) >= 10 and opt_state.skipped == len(losses):
@@ -210,6 +216,11 @@ def _missing(check: Check, basis: str, tolerance: float) -> str:
         return f"Monte Carlo noise still cost about {cost:.2g} nat at step {check.step}, more than the tolerance"
     if basis == "recycled" and not check.effective >= MIN_EFFECTIVE:
         return f"the draws so far were worth {check.effective:.1f} at step {check.step}, fewer than {MIN_EFFECTIVE:.0f}"
+    if check.creep > tolerance / 10:
+        return (
+            f"the mean still drifted at step {check.step}, slowly and in one direction: over the last quarter of the "
+            f"steps that gained about {check.creep:.1g} nat"
+        )
     if check.curvature < MIN_CURVATURE:
         return (
             f"in some direction the expected curvature was {check.curvature:.2g} of the precision at step "
@@ -268,6 +279,26 @@ def _drift(places: Sequence[np.ndarray]) -> float:
     negligible = NEGLIGIBLE * (1 + abs(now.mean(0)))
     spread = (before.var(0) + now.var(0)) / 2 + negligible**2
     return float(np.sqrt(((now.mean(0) - before.mean(0)) ** 2 / spread).mean()))
+
+
+def _creep(locs: Sequence[np.ndarray], checks: Sequence[Check], precision: np.ndarray) -> float:
+    """See the top of the file; NaN while a quarter of the steps has too few checks."""
+    steps, rates = (np.array([getattr(check, name) for check in checks]) for name in ("step", "rate"))
+    end = steps[-1]
+    quarters = [(steps > end * (k - 1) / 4) & (steps <= end * k / 4) for k in (2, 3, 4)]
+    if min(quarter.sum() for quarter in quarters) < MIN_IN_QUARTER:
+        return math.nan
+    first, second, third = (
+        np.stack([loc for loc, there in zip(locs, quarter, strict=True) if there]).mean(0) for quarter in quarters
+    )
+    moves = second - first, third - second
+
+    def inner(left: np.ndarray, right: np.ndarray) -> float:
+        return float(left @ (precision @ right if precision.ndim == 2 else precision * right))
+
+    (before, across), now = (inner(moves[0], move) for move in moves), inner(moves[1], moves[1])
+    goes_on = across > CREEPING * (before * now) ** 0.5
+    return now / (2 * rates[quarters[-1]].mean() * end / 4) if goes_on else 0.0
 
 
 def _mean_and_error(losses: np.ndarray) -> tuple[float, float]:
@@ -467,8 +498,15 @@ def _basis(optimizer: BLR, opt_state: OptState, minibatch: bool) -> str:
 
 
 def _check(
-    optimizer: BLR, opt_state: OptState, at_end: _AtEnd | None, losses: np.ndarray, basis: str, drift: float
+    optimizer: BLR,
+    opt_state: OptState,
+    at_end: _AtEnd | None,
+    losses: np.ndarray,
+    basis: str,
+    checks: Sequence[Check],
+    places: Sequence[np.ndarray],
 ) -> Check:
+    """The next check; `places` has one more than `checks`."""
     gaussian, temperature, steps = opt_state.gaussian, optimizer.temperature, len(losses)
     residual, error = (math.nan, math.nan) if gaussian is None else (float(gaussian.residual), float(gaussian.error))
     rate = _rate_of(optimizer, opt_state, steps)
@@ -483,7 +521,11 @@ def _check(
     if basis == "exact":
         return Check(steps, -float(losses[-1]), 0.0, rate=rate)
     mean, elbo_error = _mean_and_error(losses[-max(2, steps // 3) :])
-    return Check(steps, -mean, elbo_error, residual, error, rate, drift=drift)
+    found = Check(steps, -mean, elbo_error, residual, error, rate)
+    if basis == "averaged":
+        return replace(found, drift=_drift(places))
+    assert gaussian is not None  # that is moved by the draws of each step
+    return replace(found, creep=_creep(places, [*checks, found], np.asarray(jax.tree.leaves(gaussian.precision)[0])))
 
 
 def _least_curvature(precision: np.ndarray, hessian: np.ndarray) -> float:
@@ -494,6 +536,11 @@ def _least_curvature(precision: np.ndarray, hessian: np.ndarray) -> float:
         return float(np.linalg.eigvalsh(inverse @ hessian @ inverse.T)[0])
     except np.linalg.LinAlgError:
         return math.nan
+
+
+def _mean(opt_state: OptState) -> np.ndarray:
+    """m, where there is a Gaussian."""
+    return np.zeros(0) if opt_state.gaussian is None else np.asarray(opt_state.gaussian.loc)
 
 
 def _place_of_others(opt_state: OptState) -> np.ndarray:

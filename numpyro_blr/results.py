@@ -44,7 +44,8 @@ class Fit:
             a loss as 1.
         history: arrays with a number for each check: step, elbo, elbo_error, residual r², error V, rate ρ, effective
             (draws that the recycled ones are worth), scale_cost (nats that noise of the scales costs), curvature (the
-            smallest eigenvalue of S⁻¹ Ĥ), drift (of the parameters of other optimizers).
+            smallest eigenvalue of S⁻¹ Ĥ), creep (nats that a slow drift of the mean still gains), drift (of the
+            parameters of other optimizers).
         pareto_k: k̂ from a few draws; NaN where it was not computed.
         no_weights: why p(D, z)/q(z) is not to be had; empty where it is.
         site_residuals: (r², V) of each site's own coordinates, where draws are recycled.

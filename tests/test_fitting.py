@@ -154,6 +154,12 @@ def test_the_rate_averages_the_noise_of_fresh_draws_but_not_of_recycled_ones(jud
     assert judge({"effective": math.nan}, {"effective": math.nan}, basis="drawn")[0]
 
 
+def test_a_mean_that_creeps_on_has_not_converged(judge):
+    assert judge({"creep": 9e-4}, {"creep": 9e-4}, basis="drawn")[0]
+    converged, reason = judge({"creep": 9e-4}, {"creep": 2e-3}, basis="drawn")
+    assert not converged and "drifted" in reason and "0.002 nat" in reason
+
+
 def test_an_exact_elbo_that_stands_still_is_convergence(judge):
     assert judge({"elbo": -50.0}, {"elbo": -50.0005}, basis="exact")[0]
     assert not judge({"elbo": -50.0}, {"elbo": -49.99}, basis="exact")[0]
@@ -174,6 +180,21 @@ def test_averaged_losses_converge_where_they_do_not_fall_at_a_small_rate(judge, 
     converged, reason = judge({"rate": 0.05, "drift": 2.1}, basis="averaged", losses=settled)
     assert not converged and "moved on by 2.1 of their spread" in reason
     assert not judge({"rate": 0.05}, basis="averaged", losses=settled[:20])[0]
+
+
+def test_a_mean_that_creeps_on_is_told_from_one_that_goes_to_and_fro(backend, random):
+    """A drift of 0.02 standard deviations a step along one of 400 coordinates, which all have noise of 0.03."""
+    fitting = backend.module("fitting")
+    checks = [fitting.Check(step, -50.0, 0.01, rate=0.1) for step in range(5, 205, 5)]
+    noise = 0.03 * random.normal(size=(40, 400))
+    assert fitting._creep(list(noise), checks, np.ones(400)) == 0
+    drift = np.zeros(400)
+    drift[7] = 0.02
+    places = [check.step * drift + place for check, place in zip(checks, noise, strict=True)]
+    for precision in (np.ones(400), np.eye(400)):
+        gained = fitting._creep(places, checks, precision)
+        assert_allclose(gained, (50 * 0.02) ** 2 / (2 * 0.1 * 50), rtol=0.2)
+    assert math.isnan(fitting._creep(places[:5], checks[:5], np.ones(400)))
 
 
 def test_a_steady_drift_is_told_from_noise(backend, random):
@@ -248,7 +269,7 @@ def test_a_guide_that_reaches_where_there_is_no_density_has_an_elbo_of_minus_inf
 def test_the_history_has_a_number_for_each_check(backend, of_poisson):
     steps = of_poisson.history["step"]
     names = {"step", "elbo", "elbo_error", "residual", "error", "rate"}
-    names |= {"effective", "scale_cost", "curvature", "drift"}
+    names |= {"effective", "scale_cost", "curvature", "creep", "drift"}
     assert of_poisson.history.keys() == names
     assert all(len(values) == len(steps) for values in of_poisson.history.values())
     assert steps[-1] == of_poisson.steps == len(of_poisson.losses)
