@@ -66,6 +66,7 @@ DIFFERENCES = {
     "gradients/_second.py": {
         # JAX refuses a derivative that there is none of, and torch has to be checked
         "__all__", "by_differences", "by_forward_mode", "gradient_of", "has_second_derivative", "Gradient", "Products",
+        "NO_DERIVATIVE",
     },
     "gradients/recycled.py": {"Pool", "Pool.count"},  # an array of a fixed size, or a tensor that grows
     "gradients/drawn.py": {  # torch has seeds, and JAX has keys

@@ -3,8 +3,9 @@
     H u ≈ [g(z + h u) − g(z − h u)] / 2h,        u in standard deviations of q, h = 0.03.
 
 Solvers of differential equations and other functions with a derivative of their own (`jax.custom_vjp`) have a gradient
-that cannot be differentiated. Averaged over q, a difference is the Hessian averaged over a q that is wider by h²/3 of
-its variance, 0.03 %; it is exact on a cubic ℓ, to rounding, and costs two gradients where a derivative costs one.
+that cannot be differentiated, and of some JAX knows no second derivative (the incomplete gamma function). Averaged over
+q, a difference is the Hessian averaged over a q that is wider by h²/3 of its variance, 0.03 %; it is exact on a cubic
+ℓ, to rounding, and costs two gradients where a derivative costs one.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from jax import Array
 from ..families import Block
 from .recycled import scaled
 
-__all__ = ["Products", "by_differences", "by_forward_mode", "standard_deviations"]
+__all__ = ["NO_DERIVATIVE", "Products", "by_differences", "by_forward_mode", "standard_deviations"]
 
 STEP = 0.03
+NO_DERIVATIVE = (TypeError, NotImplementedError)  # of a function with a derivative of its own, or without a second
 UNKNOWN_SCALE = 0.1  # of a point, and of a site whose covariance is not learned
 
 Gradient = Callable[[Array], tuple[Array, Any]]
@@ -31,7 +33,7 @@ Products = Callable[[Gradient, Array, Array], tuple[Array, Any]]
 
 
 def by_forward_mode(gradient: Gradient, loc: Array, directions: Array) -> tuple[Array, Any]:
-    """(H u [P, D] for each of `directions` [P, D], and the rest); TypeError where there is no such derivative."""
+    """(H u [P, D] for each of `directions` [P, D], and the rest); an error where there is no such derivative."""
     push = jax.vmap(lambda u: jax.jvp(gradient, (loc,), (u,), has_aux=True), out_axes=(None, 0, None))
     _, products, rest = push(directions)
     return products, rest

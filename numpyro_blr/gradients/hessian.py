@@ -17,7 +17,7 @@ from jax import Array
 
 from ..families import Block
 from ._estimate import Draws, Estimate, Extras, Objective, average_over_pairs, value_and_gradients
-from ._second import Products, by_differences, by_forward_mode, standard_deviations
+from ._second import NO_DERIVATIVE, Products, by_differences, by_forward_mode, standard_deviations
 
 __all__ = ["hessian", "hessians_at"]
 
@@ -67,7 +67,7 @@ def hessians_at(
     try:
         matrices, *rest = at_every_draw(by_forward_mode, identity)
         cost = len(loc) + 1
-    except TypeError:  # by a function with a derivative of its own
+    except NO_DERIVATIVE:
         columns = standard_deviations(blocks, scales, identity)  # Cᵀ, so that the products are Cᵀ H
         products, *rest = at_every_draw(by_differences, columns)
         matrices, cost = jnp.linalg.solve(columns, products), 2 * len(loc) + 1

@@ -20,7 +20,7 @@ from jax import Array
 
 from ..families import Block
 from ._estimate import Draws, Estimate, Objective, average_over_pairs, value_and_gradients
-from ._second import Products, by_differences, by_forward_mode, standard_deviations
+from ._second import NO_DERIVATIVE, Products, by_differences, by_forward_mode, standard_deviations
 
 __all__ = ["hutchinson", "parted"]
 
@@ -55,7 +55,7 @@ def hutchinson(
 
     try:
         diagonals, losses, gradients, g_others, extras = at_every_draw(by_forward_mode, jnp.ones_like(loc))
-    except TypeError:  # by a function with a derivative of its own
+    except NO_DERIVATIVE:
         unit = standard_deviations(blocks, scales, jnp.ones_like(loc))
         diagonals, losses, gradients, g_others, extras = at_every_draw(by_differences, unit)
     return average_over_pairs(losses, gradients, diagonals, g_others, extras, cost=1 + 2 * probes.shape[1])

@@ -128,7 +128,7 @@ def step(
         rate, (loc, precision), moved, proposals = _rate.search(
             state.rate,
             jnp.where(usable, estimate.losses, jnp.nan),  # a step that is refused makes no proposals
-            _rate.counted(state.rate, inside, opposed, minibatch),
+            _rate.counted(state.rate, inside, opposed, minibatch, estimate.extras.weight),
             residual + len(state.loc),
             _rate.averaged(state.rate.last_gradient, estimate.gradient, state.precision),
             propose_and_evaluate,
@@ -170,15 +170,20 @@ def completed(estimate: Estimate, precision: Precision) -> Estimate:
 
     A coordinate whose entropy enters the loss w times is solved for ℓ/w: the row of a subsampled plate sees its own
     term once and not N/M times. A row outside the batch, and a coordinate that the loss does not depend on, stay.
+    What global coordinates have in common with rows is left out: over batches S would have the rows' part of it from
+    one and the global part from others, whose difference, the precision of the global ones alone, may be anything.
     """
     diagonal = jnp.diagonal(estimate.hessian) if estimate.hessian.ndim == 2 else estimate.hessian
     weight = jnp.ones_like(estimate.gradient) if estimate.extras.weight is None else estimate.extras.weight
     weight = jnp.where((estimate.gradient == 0) & (diagonal == 0), 0, weight)
-    gradient_weight = jnp.where(weight > 0, weight, 1)
+    gradient_weight, hessian = jnp.where(weight > 0, weight, 1), estimate.hessian
+    if hessian.ndim == 2:
+        apart = jnp.asarray(estimate.extras.minibatch) & (weight[:, None] != weight)
+        hessian = jnp.where(apart, 0, hessian)
     return estimate._replace(
         gradient=estimate.gradient / gradient_weight,
         pair_gradients=estimate.pair_gradients / gradient_weight,
-        hessian=precision.complete(estimate.hessian, weight),
+        hessian=precision.complete(hessian, weight),
         extras=estimate.extras._replace(weight=weight),
     )
 

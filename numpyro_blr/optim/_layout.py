@@ -25,6 +25,7 @@ from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer import SVI
 
 from ..families import Block, MultivariateNormalNatural, Natural, Structure, family_of, natural_of
+from ._options import OTHERS_RATE
 
 __all__ = [
     "Layout",
@@ -440,7 +441,7 @@ def _report(layout: Layout, guide_trace: dict, params: Mapping[str, Any], rule: 
     if others:
         warnings.warn(
             f"{rule}: the parameters {', '.join(others)} belong to no site that {rule} recognises; they are "
-            "updated by `others` (numpyro.optim.Adam(1e-3) unless given) from the same gradients.",
+            f"updated by `others` (numpyro.optim.Adam({OTHERS_RATE[rule]}) unless given) from the same gradients.",
             stacklevel=5,
         )
 

@@ -8,7 +8,7 @@ One step, given the estimate (g, H) at K antithetic pairs of draws and their los
    the noise away (Robbins & Monro 1951). One that goes on makes progress, however noisy, and takes 1/2 from n: among D
    coordinates of noise, a few along which there is far to go show in ḡ, and not in the step before. All draws of a step
    share one minibatch, whose noise V does not show: where a plate is subsampled, taking back is enough, and going on
-   takes nothing from n.
+   takes nothing from n. Where it has sites of its own, whose rows come every N/M-th step, that many steps count as one.
 2. Propose with rate ρ; evaluate the loss around the proposed mean *at the same noise* and the same scales, of which ĝ
    is the gradient: what a few draws make of D new scales would be noise. Accept unless it is worse by more than one
    standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients. Of a few
@@ -155,10 +155,16 @@ def opposed(gradient: Array, precision: Precision, last_gradient: Array) -> Arra
     return gradient @ precision.solve(last_gradient) < 0
 
 
-def counted(state: RateState, inside: Array, opposed: Array, minibatch: Array) -> Array:
-    """n after a step that was inside its noise, or not, and opposed the last ones, or went on."""
+def counted(state: RateState, inside: Array, opposed: Array, minibatch: Array, weight: Array) -> Array:
+    """n after a step that was inside its noise, or not, and opposed the last ones, or went on.
+
+    Args:
+        minibatch: whether a plate is subsampled.
+        weight: [D], N/M for a row of it that is in the batch.
+    """
     more = jnp.where((inside | minibatch) & opposed, 1, jnp.where(inside & ~minibatch & ~opposed, -GOING_ON, 0))
-    return jnp.maximum(0, state.noisy_steps + more.astype(state.noisy_steps.dtype))
+    every = jnp.where(minibatch, jnp.maximum(1, weight.max()), 1)
+    return jnp.maximum(0, state.noisy_steps + (more / every).astype(state.noisy_steps.dtype))
 
 
 def averaged(last_gradient: Array, gradient: Array, precision: Precision) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from numpyro.primitives import Messenger
 
 from ..gradients import Draws, Extras, Objective
 from ._layout import Layout, Member, Site, gather, rows_of, scatter, subsampled, unwrap
+from ._options import OTHERS_RATE
 
 __all__ = [
     "Members",
@@ -122,10 +124,10 @@ def report_skipped(count: Any, skipped: Any, rule: str = "BLR") -> None:
     warnings.warn(f"{rule}: {described}; they left the guide as it was.", stacklevel=4)
 
 
-def host_optimizer(others: Any) -> _NumPyroOptim:
+def host_optimizer(others: Any, rule: str = "BLR") -> _NumPyroOptim:
     """NumPyro's own optimizers as they are, optax ones wrapped as `SVI` wraps them."""
     if others is None:
-        return numpyro.optim.Adam(1e-3)
+        return numpyro.optim.Adam(OTHERS_RATE[rule])
     if isinstance(others, _NumPyroOptim):
         return others
     if hasattr(others, "init") and hasattr(others, "update"):
@@ -137,7 +139,17 @@ def arguments_of_step() -> list[Array]:
     """The arrays and numbers among the model's arguments in the step that is being taken."""
     frame = frame_of(SVI.update) or frame_of(SVI.stable_update)
     arguments = () if frame is None else (frame.f_locals["args"], frame.f_locals["kwargs"])
-    return [jnp.asarray(leaf) for leaf in jax.tree.leaves(arguments) if isinstance(leaf, NUMERIC)]
+    return [_digestible(leaf) for leaf in jax.tree.leaves(arguments) if isinstance(leaf, NUMERIC)]
+
+
+def _digestible(leaf: Any) -> Array:
+    """As an array; of labels, dates and integers that no array holds a checksum."""
+    if isinstance(leaf, Array):
+        return leaf
+    value = np.asarray(leaf)
+    if value.dtype.kind in "biufc":
+        return jnp.asarray(value)
+    return jnp.asarray(np.uint32(zlib.crc32(repr(value.tolist()).encode())))
 
 
 def loss_of(svi: SVI, args: tuple, kwargs: dict) -> Callable:
@@ -197,7 +209,7 @@ def recyclable(svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapp
 
     def evaluate(params: Mapping[str, Any]) -> Array | None:
         loc, scales = gather(layout, params)
-        redraw = Redraw(layout, Draws.at(jnp.zeros_like(loc)))
+        redraw = Redraw(layout, None)
         with redraw:
             loss_of(svi, args, kwargs)(scatter(layout, loc, scales, params))
         varying.append(redraw.minibatch or redraw.mutable)

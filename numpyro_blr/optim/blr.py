@@ -97,7 +97,7 @@ class BLR(numpyro.optim._NumPyroOptim):
             most: a step begins with one pair. Not used by `estimator="gradient"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q). 1 is Bayes.
         others: optimizer of the parameters that belong to no recognised site, a `numpyro.optim` or optax optimizer;
-            `numpyro.optim.Adam(1e-3)` if None. They get their gradient from the same backward passes.
+            `numpyro.optim.Adam(0.01)` if None. They get their gradient from the same backward passes.
 
     Raises:
         TypeError, ValueError: at construction for arguments out of range; at `svi.init` for a loss that is no ELBO,

@@ -134,7 +134,7 @@ class IVON(_NumPyroOptim):
         self.temperature = _options.checked_schedule("temperature", temperature, may_be_zero=False)
         self.accumulation_steps = _options.checked_count("accumulation_steps", accumulation_steps)
         self.axis_name = axis_name
-        self.others = _svi.host_optimizer(others)
+        self.others = _svi.host_optimizer(others, "IVON")
 
     def init(self, params: Mapping[str, Any]) -> tuple[Array, IVONState]:
         """The state for SVI's unconstrained `params`; called by `SVI.init`, from which it learns guide and model."""

@@ -142,7 +142,7 @@ def step(
         rate, (loc, precision), moved, proposals = _rate.search(
             state.rate,
             estimate.losses,
-            _rate.counted(state.rate, inside, opposed, minibatch),
+            _rate.counted(state.rate, inside, opposed, minibatch, estimate.extras.weight),
             residual + len(state.loc),
             _rate.averaged(state.rate.last_gradient, estimate.gradient, state.precision),
             propose_and_evaluate,
@@ -188,15 +188,19 @@ def completed(estimate: Estimate, precision: Precision) -> Estimate:
 
     A coordinate whose entropy enters the loss w times is solved for ℓ/w: the row of a subsampled plate sees its own
     term once and not N/M times. A row outside the batch, and a coordinate that the loss does not depend on, stay.
+    What global coordinates have in common with rows is left out: over batches S would have the rows' part of it from
+    one and the global part from others, whose difference, the precision of the global ones alone, may be anything.
     """
     diagonal = estimate.hessian.diagonal() if estimate.hessian.ndim == 2 else estimate.hessian
     weight = torch.ones_like(estimate.gradient) if estimate.extras.weight is None else estimate.extras.weight
     weight = torch.where((estimate.gradient == 0) & (diagonal == 0), 0.0, weight)
-    gradient_weight = torch.where(weight > 0, weight, 1.0)
+    gradient_weight, hessian = torch.where(weight > 0, weight, 1.0), estimate.hessian
+    if hessian.ndim == 2 and estimate.extras.minibatch:
+        hessian = torch.where(weight[:, None] == weight, hessian, 0.0)
     return estimate._replace(
         gradient=estimate.gradient / gradient_weight,
         pair_gradients=estimate.pair_gradients / gradient_weight,
-        hessian=precision.complete(estimate.hessian, weight),
+        hessian=precision.complete(hessian, weight),
         extras=estimate.extras._replace(weight=weight),
     )
 

@@ -24,6 +24,7 @@ from torch.distributions import constraints, transform_to
 
 from ..families import Block, MultivariateNormalNatural, Natural, NormalNatural, Structure, family_of, natural_of
 from ..gradients.drawn import seeded
+from ._options import OTHERS_RATE
 
 __all__ = [
     "Layout",
@@ -466,7 +467,8 @@ def _report(layout: Layout, probe: Probe, rule: str, alone: bool) -> None:
     if layout.others:
         warnings.warn(
             f"{rule}: the parameters {', '.join(layout.others)} belong to no site that {rule} recognises; they are "
-            "updated by `others` (pyro.optim.Adam({'lr': 1e-3}) unless given) from the same gradients.",
+            f"updated by `others` (pyro.optim.Adam({{'lr': {OTHERS_RATE[rule]}}}) unless given) from the same "
+            "gradients.",
             stacklevel=5,
         )
 

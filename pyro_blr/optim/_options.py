@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 __all__ = [
+    "OTHERS_RATE",
     "checked_count",
     "checked_estimator",
     "checked_memory",
@@ -21,6 +22,7 @@ __all__ = [
 
 ESTIMATORS = ("auto", "hessian", "hutchinson", "gradient")
 PRECONDITIONERS = ("factored", "posterior")
+OTHERS_RATE = {"BLR": 0.01, "IVON": 0.001}  # of Adam, by rule: beside latents, or beside the weights of a network
 SCHEDULE_PROBES = (0, *(2**k for k in range(21)))
 
 

@@ -8,7 +8,7 @@ One step, given the estimate (g, H) at K antithetic pairs of draws and their los
    the noise away (Robbins & Monro 1951). One that goes on makes progress, however noisy, and takes 1/2 from n: among D
    coordinates of noise, a few along which there is far to go show in ḡ, and not in the step before. All draws of a step
    share one minibatch, whose noise V does not show: where a plate is subsampled, taking back is enough, and going on
-   takes nothing from n.
+   takes nothing from n. Where it has sites of its own, whose rows come every N/M-th step, that many steps count as one.
 2. Propose with rate ρ; evaluate the loss around the proposed mean *at the same noise* and the same scales, of which ĝ
    is the gradient: what a few draws make of D new scales would be noise. Accept unless it is worse by more than one
    standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients. Of a few
@@ -139,11 +139,16 @@ def opposed(gradient: Tensor, precision: Precision, last_gradient: Tensor) -> bo
     return bool(gradient @ precision.solve(last_gradient) < 0)
 
 
-def counted(state: RateState, inside: bool, opposed: bool, minibatch: bool) -> float:
-    """n after a step that was inside its noise, or not, and opposed the last ones, or went on."""
-    if opposed:
-        return state.noisy_steps + (inside or minibatch)
-    return max(0.0, state.noisy_steps - GOING_ON) if inside and not minibatch else state.noisy_steps
+def counted(state: RateState, inside: bool, opposed: bool, minibatch: bool, weight: Tensor) -> float:
+    """n after a step that was inside its noise, or not, and opposed the last ones, or went on.
+
+    Args:
+        minibatch: whether a plate is subsampled.
+        weight: [D], N/M for a row of it that is in the batch.
+    """
+    if minibatch:
+        return state.noisy_steps + opposed / max(1.0, float(weight.max()))
+    return max(0.0, state.noisy_steps + (1.0 if opposed else -GOING_ON)) if inside else state.noisy_steps
 
 
 def averaged(last_gradient: Tensor, gradient: Tensor, precision: Precision) -> Tensor:

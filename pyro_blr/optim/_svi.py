@@ -50,6 +50,7 @@ from ._layout import (
     undisturbed,
     unwrap,
 )
+from ._options import OTHERS_RATE
 
 __all__ = [
     "Fingerprint",
@@ -143,9 +144,9 @@ def report_skipped(count: int, skipped: int, rule: str = "BLR") -> None:
     warnings.warn(f"{rule}: {described}; they left the guide as it was.", stacklevel=4)
 
 
-def host_optimizer(others: Any) -> PyroOptim:
+def host_optimizer(others: Any, rule: str = "BLR") -> PyroOptim:
     if others is None:
-        return PyroOptim(torch.optim.Adam, {"lr": 1e-3})
+        return PyroOptim(torch.optim.Adam, {"lr": OTHERS_RATE[rule]})
     if isinstance(others, PyroOptim):
         return others
     raise TypeError(
@@ -272,7 +273,7 @@ def recyclable(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> bool:
     location = loc.detach().requires_grad_()  # TraceEnum_ELBO refuses a loss that cannot be differentiated
     with torch.enable_grad():
         objective = objective_of(svi, args, kwargs, layout, seed=0)
-        extras = objective(location, scales, None, Draws(None, None, None, noise=torch.zeros_like(loc)))[1]
+        extras = objective(location, scales, None, Draws(0, 1.0, None))[1]
     return extras.weight is None and not extras.minibatch
 
 

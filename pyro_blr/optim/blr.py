@@ -114,7 +114,7 @@ class BLR(pyro.optim.PyroOptim):
             most: a step begins with one pair. Not used by `estimator="gradient"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q). 1 is Bayes.
         others: optimizer of the parameters that belong to no recognised site, a `pyro.optim.PyroOptim`;
-            `pyro.optim.Adam({"lr": 1e-3})` if None. They get their gradient from the host's own backward pass.
+            `pyro.optim.Adam({"lr": 0.01})` if None. They get their gradient from the host's own backward pass.
 
     Raises:
         TypeError, ValueError: at construction for arguments out of range; at the first `svi.step` for a loss that is

@@ -149,7 +149,7 @@ class IVON(pyro.optim.PyroOptim):
         self.temperature = _options.checked_schedule("temperature", temperature, may_be_zero=False)
         self.accumulation_steps = _options.checked_count("accumulation_steps", accumulation_steps)
         self.process_group = _checked_group(process_group)
-        self.others = _svi.host_optimizer(others)
+        self.others = _svi.host_optimizer(others, "IVON")
         self.state: IVONState | None = None
         self._program: _weights.Program | None = None
         self._turns = _svi.Turns()

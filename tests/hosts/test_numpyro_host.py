@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from numpy.testing import assert_allclose, assert_array_equal
 
 from .. import cases, reference
@@ -339,6 +340,38 @@ def test_draws_of_other_families_follow_the_key():
         for seed in (0, 0, 1)
     )
     assert once["r"].concentration == again["r"].concentration != other["r"].concentration
+
+
+def test_a_function_without_a_second_derivative_is_fitted():
+    """Of the incomplete gamma function, as in a censored survival time, JAX knows no second derivative."""
+
+    def censored():
+        shape = numpyro.sample("shape", dist.LogNormal(0.0, 0.5))
+        numpyro.factor("beyond 2", jnp.log1p(-dist.Gamma(shape, 1.0).cdf(2.0)))
+
+    def posterior(shape):  # up to a constant
+        return scipy.stats.lognorm(0.5).pdf(shape) * scipy.stats.gamma(shape).sf(2.0)
+
+    svi = SVI(censored, AutoNormal(censored), BLR(), Trace_ELBO())
+    params = svi.run(jax.random.key(0), 10, progress_bar=False).params
+    grid = np.exp(np.linspace(-3, 3, 2001))
+    weights = posterior(grid) * grid
+    mean = (weights * np.log(grid)).sum() / weights.sum()
+    assert_allclose(params["shape_auto_loc"], mean, atol=0.02)
+
+
+def test_labels_dates_and_long_integers_are_arguments_like_others():
+    def model(y, names, day, number):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    svi = SVI(model, AutoNormal(model), BLR(), Trace_ELBO())
+    args = jnp.array(1.5), np.array(["a", "b"]), np.datetime64("2024-02-29"), 10**30
+    state, digests = svi.init(jax.random.key(0), *args), []
+    for names in (args[1], args[1], np.array(["a", "c"], object)):
+        state, _ = svi.update(state, args[0], names, *args[2:])
+        digests.append(int(state.optim_state[1].gaussian.recycling.digest))
+    assert digests[0] == digests[1] != digests[2], "other data, whose draws are none of these"
 
 
 @pytest.mark.slow

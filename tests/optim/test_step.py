@@ -200,8 +200,10 @@ def test_steps_count_as_noise_while_they_take_back_what_was_done(backend, inside
     rate = backend.module("optim._rate")
     for before in (0.0, 4.0):
         state = backend.state(replace(start(), noisy_steps=before)).rate
-        after = rate.counted(state, backend.flag(inside), backend.flag(opposed), backend.flag(minibatch))
-        assert float(after) == max(0.0, before + more)
+        for weight in (1.0, 4.0):  # of the rows of a site that come every fourth step
+            flags = (backend.flag(inside), backend.flag(opposed), backend.flag(minibatch))
+            after = rate.counted(state, *flags, backend.array(np.array([1.0, 0.0, weight])))
+            assert float(after) == max(0.0, before + more / (weight if minibatch else 1.0))
 
 
 def test_gradients_from_far_away_are_soon_forgotten(backend):

@@ -98,7 +98,7 @@ def test_a_fixed_scale_stays_and_its_location_is_exact(backend):
 def test_a_parameter_of_the_model_goes_to_the_other_optimizer_with_one_warning(backend):
     """Adam's first step is its rate, against the sign of the gradient; the Gaussian moves in the same step."""
     fit = start_warned(backend, "center", model_with_parameter, normal, learning_rate=1.0)
-    assert_allclose(fit.params["center"], 0.3 - 1e-3, rtol=1e-6)  # q is about 0, and Adam adds an epsilon
+    assert_allclose(fit.params["center"], 0.3 - 0.01, rtol=1e-6)  # q is about 0, and Adam adds an epsilon
     ((loc, _),) = fit.gaussians().values()
     assert_allclose(loc, (0.3 + 4 * 1.5) / 5, rtol=1e-13)
     with warnings.catch_warnings():
@@ -120,7 +120,7 @@ def test_a_computed_scale_is_left_to_the_other_optimizer(backend):
     fit = start_warned(backend, "root", model_of_one, computed_scale, learning_rate=1.0)
     ((loc, _),) = fit.gaussians().values()
     assert_allclose(loc, 1.2, rtol=1e-13)
-    assert_allclose(np.abs(fit.params["root"] - 0.7), 1e-3, rtol=1e-6)
+    assert_allclose(np.abs(fit.params["root"] - 0.7), 0.01, rtol=1e-6)
 
 
 def test_an_unused_parameter_stays(backend):
@@ -293,6 +293,19 @@ def test_rows_outside_the_batch_stay_beside_a_global_latent(backend):
     after = fit.run(1).params
     assert (after[scale] != before[scale]).sum() <= 2
     assert (after[loc] != before[loc]).sum() <= 2
+
+
+def test_rows_and_a_global_latent_arrive_at_the_rate_that_is_chosen(backend):
+    """The best mean field of all data, though the draws of a step have rows of a third of them."""
+    fit = backend.start(global_and_local_model, auto_normal, (ROWS,)).run(400)
+    basis = np.eye(7)
+    rows = [basis[0], *(basis[1:] - basis[0]), *basis[1:]]
+    targets, scales = np.concatenate([np.zeros(7), ROWS]), np.repeat([1.0, 0.5], [7, 6])
+    mean, covariance = reference.linear_gaussian(np.array(rows), targets, scales)
+    best = np.sqrt(np.diag(reference.best_in_structure(covariance, [[i] for i in range(7)])))
+    center_loc, center_scale, locs, row_scales = (fit.params[name] for name in fit.param_names("a_center", "z"))
+    assert_allclose(np.append(center_scale, row_scales), best, rtol=0.05)
+    assert (np.abs(np.append(center_loc, locs) - mean) / best < 0.4).all()  # of the noise of the last batches
 
 
 def test_particles_are_refused_where_each_would_see_other_rows(backend):
