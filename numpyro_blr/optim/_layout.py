@@ -152,11 +152,18 @@ def recognise(
     members = [member for member in members if all(uses[param] == 1 for param in member.params)]
     claimed = {param for site in sites for param in (site.loc, site.scale)}
     claimed |= {param for member in members for param in member.params}
-    layout = Layout(tuple(sites), tuple(members), tuple(name for name in params if name not in claimed))
+    others = tuple(name for name in params if name not in claimed and not _is_empty(params[name]))
+    layout = Layout(tuple(sites), tuple(members), others)
     _report(layout, guide_trace, params, rule)
     if rule == "BLR":  # IVON has its own word for subsampled sites
         _check_plates(svi, layout, guide_trace)
     return layout
+
+
+def _is_empty(param: Any) -> bool:
+    """Whether there is no number in it to move, as in the weights of a regression without covariates."""
+    leaves = jax.tree.leaves(param)
+    return bool(leaves) and not any(np.size(leaf) for leaf in leaves)
 
 
 def _probe(
@@ -431,7 +438,8 @@ def _report(layout: Layout, guide_trace: dict, params: Mapping[str, Any], rule: 
         if message["type"] == "sample" and not message["is_observed"]
     }
     if not layout.sites and not layout.members:
-        described = ", ".join(f"'{name}': {type(fn).__name__}" for name, fn in sites.items()) or "no site at all"
+        described = ", ".join(f"'{name}': {type(fn).__name__}" for name, fn in sites.items())
+        described = f"{described}, of computed values" if described else "no site at all"
         sites_of_rule, guides_of_rule = WANTED[rule]
         raise ValueError(
             f"{rule} expected a guide with {sites_of_rule} whose parameters are parameters; the guide has {described}. "

@@ -5,8 +5,9 @@ arguments are not those of the last step: the draws are of another ℓ, and as b
 what the last one did is noise.
 
 1. Draw a few antithetic pairs, with their Hessians, into the pool: at first one pair a step; twice as many, up to
-   `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take. A
-   shorter rate alone tells of curvature, not of noise.
+   `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take, or
+   eight pairs are worth little more than the last: in hundreds of dimensions only the last draws weigh anything, and
+   one pair knows no error. A shorter rate alone tells of curvature, not of noise.
 2. A step of the rule with ĝ and Ĥ of the whole pool. The pool *covers* a proposal if it is worth half as many draws
    there as here, and at least 8. One that is covered is taken as it is: the estimate holds there. Any other is tried
    at the fresh draws, and its rate shortened as `_rate.py` does.
@@ -48,7 +49,7 @@ __all__ = ["Recycling", "init", "step"]
 
 MAX_NUMBERS = 2**22  # of the Hessians that are kept
 MAX_PAIRS = 256
-COVERED = 8.0
+COVERED, UNCOVERED = 8.0, 8
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
 SHORTEST = 0.1  # share of a step that was too long
 FAR, TRUST = 1e12, 100.0  # r²; a precision
@@ -257,7 +258,8 @@ def step(
     start = end.start
     tries = end.proposals - start.far.astype(jnp.int32)  # at the rate that is searched
     far = usable & start.far
-    more = usable & (start.noisy | ~end.taken)
+    alone = (pool.count >= UNCOVERED) & (start.moments.effective < 3 * recycling.num_pairs.astype(dtype)) & ~start.far
+    more = usable & (start.noisy | ~end.taken | alone)
     num_pairs = jnp.where(more, jnp.minimum(max_pairs, 2 * recycling.num_pairs), recycling.num_pairs)
     num_draws, num_losses = (2 * num_drawn).astype(dtype), end.proposals + (usable & start.far).astype(jnp.int32)
     rate = _rate.next_rate(end.rate, end.first_rate, end.taken, tries, jnp.where(far, jnp.inf, 1))

@@ -116,7 +116,8 @@ class Layout:
     def covers(self, params: Iterable[Tensor]) -> bool:
         """Whether this is still the layout of the parameters of a step."""
         known = {id(tensor) for tensor in (*self.tensors.values(), *self.others.values())}
-        return {id(param) for param in params if param.requires_grad} == known
+        known |= {id(param) for param in params if not param.numel()}
+        return {id(param) for param in params if param.requires_grad or not param.numel()} == known
 
     def same_sites(self, other: Layout) -> bool:
         """Whether both have the same sites on the same tensors."""
@@ -180,7 +181,7 @@ def recognise(
     others = {
         names.get(id(param), f"unnamed parameter {index} of shape {tuple(param.shape)}"): param
         for index, param in enumerate(params)
-        if id(param) not in taken
+        if id(param) not in taken and param.numel()
     }
     layout = Layout(
         sites=tuple(sites),
@@ -455,10 +456,9 @@ WANTED = {  # by rule: sites, and guides that have them
 
 def _report(layout: Layout, probe: Probe, rule: str, alone: bool) -> None:
     if alone and not layout.sites and not layout.members:
-        described = (
-            ", ".join(f"'{name}': {type(unwrap(msg['fn'])[0]).__name__}" for name, msg in probe.samples.items())
-            or "no site at all"
-        )
+        sites = {name: unwrap(message["fn"])[0] for name, message in probe.samples.items()}
+        described = ", ".join(f"'{name}': {type(fn).__name__}" for name, fn in sites.items())
+        described = f"{described}, of computed values" if described else "no site at all"
         sites_of_rule, guides_of_rule = WANTED[rule]
         raise ValueError(
             f"{rule} expected a guide with {sites_of_rule} whose parameters are parameters; the guide has {described}. "

@@ -5,8 +5,9 @@ arguments are not those of the last step: the draws are of another ℓ, and as b
 what the last one did is noise.
 
 1. Draw a few antithetic pairs, with their Hessians, into the pool: at first one pair a step; twice as many, up to
-   `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take. A
-   shorter rate alone tells of curvature, not of noise.
+   `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take, or
+   eight pairs are worth little more than the last: in hundreds of dimensions only the last draws weigh anything, and
+   one pair knows no error. A shorter rate alone tells of curvature, not of noise.
 2. A step of the rule with ĝ and Ĥ of the whole pool. The pool *covers* a proposal if it is worth half as many draws
    there as here, and at least 8. One that is covered is taken as it is: the estimate holds there. Any other is tried
    at the fresh draws, and its rate shortened as `_rate.py` does.
@@ -48,7 +49,7 @@ __all__ = ["Recycling", "init", "step"]
 
 MAX_NUMBERS = 2**22  # of the Hessians that are kept
 MAX_PAIRS = 256
-COVERED = 8.0
+COVERED, UNCOVERED = 8.0, 8
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
 SHORTEST = 0.1  # share of a step that was too long
 FAR, TRUST = 1e12, 100.0  # r²; a precision
@@ -236,7 +237,8 @@ def step(
         end = attempt(end)
 
     tries = end.proposals - far  # at the rate that is searched
-    more = start.noisy or not end.taken
+    alone = pool.count >= UNCOVERED and start.moments.effective < 3 * recycling.num_pairs and not far
+    more = start.noisy or not end.taken or alone
     num_pairs = min(len(noise), 2 * recycling.num_pairs) if more else recycling.num_pairs
     rate = _rate.next_rate(end.rate, first_rate, end.taken, tries, math.inf if far else 1.0)
     kept = replace(

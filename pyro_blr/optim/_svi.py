@@ -205,7 +205,7 @@ def _version_of(leaf: Any) -> Any:
 
 def _bytes_of(leaf: Any) -> Any:
     if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
-        return leaf.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
+        return leaf.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy() if leaf.numel() else b""
     if isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
         return leaf.tobytes()
     return repr(leaf).encode() if isinstance(leaf, (bool, int, float, str)) else b""

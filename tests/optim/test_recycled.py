@@ -237,6 +237,20 @@ def test_a_shorter_rate_asks_for_no_more_draws_and_a_step_that_finds_none_does(b
         assert int(state.recycling.num_pairs) == num_pairs, "up to as many as there is noise for"
 
 
+def test_pairs_that_are_worth_no_more_than_the_last_ask_for_more(backend, random):
+    """On a way on which no draw is of use to the next step, one pair says nothing of its error."""
+
+    def slope(xp, z):
+        return 40 * z[0] + 40 * xp.exp(z[0] / 40) + z[1] ** 2 / 2
+
+    step, state = stepper(backend, slope), started(backend, [100.0, 0.0], np.eye(2))
+    drawn = []
+    for _ in range(10):
+        state, *_ = step(state, random.normal(size=(4, 2)), digest=7)
+        drawn.append(int(state.recycling.num_pairs))
+    assert drawn[:7] == [1] * 7 and drawn[-1] > 1
+
+
 @pytest.mark.parametrize(
     ("loss", "loc"),
     [

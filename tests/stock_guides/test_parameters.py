@@ -197,6 +197,22 @@ def test_a_guide_without_a_gaussian_is_refused(backend):
         backend.start(gamma_model, gamma_guide, (3.0,)).run(1)
 
 
+def test_a_site_without_numbers_is_left_alone(backend):
+    """The weights of a regression without covariates: no warning, and draws are kept as without it."""
+
+    def make(host):
+        def model(x, y):
+            host.sample("weights", host.dist.Normal(host.array(np.zeros(0)), 1.0).to_event(1))
+            center = host.sample("center", host.dist.Normal(0.0, 1.0))
+            host.sample("y", host.dist.Normal(center + x.sum(), 0.5), obs=y)
+
+        return model
+
+    fit = backend.start(make, lambda host, model: host.autoguide.AutoNormal(model), (np.zeros(0), 1.5)).run(2)
+    assert_allclose(fit.params[fit.param_names("center")[0]], 1.2, rtol=1e-10)
+    assert fit.gaussian_state().recycling is not None
+
+
 def test_hutchinson_is_refused_for_a_full_rank_guide(backend):
     model = cases.linear()
     with pytest.raises(ValueError, match=r"full-rank site.*Use estimator='hessian'"):
