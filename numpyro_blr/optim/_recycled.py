@@ -6,7 +6,7 @@ what the last one did is noise.
 
 1. Draw a few antithetic pairs, with their Hessians, into the pool: at first one pair a step; twice as many, up to
    `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take, or
-   eight pairs are worth little more than the last: in hundreds of dimensions only the last draws weigh anything, and
+   sixteen pairs are worth little more than the last: in hundreds of dimensions only the last draws weigh anything, and
    one pair knows no error. A shorter rate alone tells of curvature, not of noise.
 2. A step of the rule with ĝ and Ĥ of the whole pool. The pool *covers* a proposal if it is worth half as many draws
    there as here, and at least 8. One that is covered is taken as it is: the estimate holds there. Any other is tried
@@ -49,7 +49,7 @@ __all__ = ["Recycling", "init", "step"]
 
 MAX_NUMBERS = 2**22  # of the Hessians that are kept
 MAX_PAIRS = 256
-COVERED, UNCOVERED = 8.0, 8
+COVERED, UNCOVERED = 8.0, 16
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
 SHORTEST = 0.1  # share of a step that was too long
 FAR, TRUST = 1e12, 100.0  # r²; a precision
