@@ -107,9 +107,10 @@ class BLR(pyro.optim.PyroOptim):
             every step from the draws: as long as the loss at common draws supports, shorter once the natural gradient
             is inside its own Monte Carlo error.
         estimator: of E_q[∇²ℓ]. `"hessian"`: dense Hessians, the choice of `"auto"` up to 256 coordinates and for
-            full-rank guides; D + 1 gradients a draw, won back in steps. `"hutchinson"`: the diagonal from
-            Hessian-vector products, 2 gradients a site (of at most 4) and 1, a draw; the choice of `"auto"` beyond.
-            `"gradient"`: the stock gradient alone, at the host's own draws; noisy, so it needs a `learning_rate`.
+            full-rank guides; D + 1 gradients a draw (2 D + 1 where the model has no second derivative), won back in
+            steps. `"hutchinson"`: the diagonal from Hessian-vector products, 2 gradients a site (of at most 4) and 1, a
+            draw; the choice of `"auto"` beyond. `"gradient"`: the stock gradient alone, at the host's own draws; noisy,
+            so it needs a `learning_rate`.
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
             most: a step begins with one pair. Not used by `estimator="gradient"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q). 1 is Bayes.

@@ -47,7 +47,8 @@ def site_contributions(
         converged: exactly if the model is conjugate, within Monte Carlo error elsewhere.
 
     Raises:
-        ValueError: the model has no plate of that name, or it is subsampled; `num_draws` is not even and positive.
+        ValueError: the model has no plate of that name, or it is subsampled, or it has no second derivative;
+            `num_draws` is not even and positive.
         TypeError: the optimizer of `svi` is not `BLR`, or has taken no step.
     """
     from .blr import OptState  # the rule's state and temperature are all that is known of the rule
@@ -60,6 +61,11 @@ def site_contributions(
         )
     if num_draws < 2 or num_draws % 2:
         raise ValueError(f"num_draws must be even and at least 2, got {num_draws}: draws come in antithetic pairs.")
+    if opt_state.differences:
+        raise ValueError(
+            "contributions are derivatives of the model's second derivatives, and it has an operation whose gradient "
+            "has no derivative. Write that in operations of torch, or fit without the datum or the factor and subtract."
+        )
     names, sizes = _factors(svi, args, kwargs)
     like = next(iter(opt_state.layout.tensors.values()))
     if plate is None:

@@ -27,7 +27,7 @@ from pyro.infer import (  # noqa: E402
 )
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal  # noqa: E402
 
-from pyro_blr import BLR  # noqa: E402
+from pyro_blr import BLR, site_contributions  # noqa: E402
 
 from .pyro_models import (  # noqa: E402
     broken,
@@ -355,6 +355,14 @@ def test_a_second_derivative_that_leaves_out_a_part_is_found_out():
         ends.append(stored())
     for name, expected in ends[0].items():
         assert_allclose(ends[1][name], expected, rtol=2e-3)
+
+
+def test_contributions_of_a_model_without_second_derivatives_are_refused():
+    model = of_rates(SilentExp.apply)
+    svi = make_svi(model, AutoNormal(model))
+    svi.step()
+    with pytest.raises(ValueError, match="has no derivative.*subtract"):
+        site_contributions(svi)
 
 
 def test_a_graph_that_would_lose_a_backward_pass_is_refused():
