@@ -17,9 +17,10 @@ what the last one did is noise.
    the scales than S falls, as in heavy tails, a step in S leads beyond the fixed point, and the next ones with it
    around in a circle: they are as much shorter as the secant says that this one was too long (Irons & Tuck 1969).
 
-The n-th step that is noise by the rule of `_rate.py` caps the rate at 2 / (n + 2), times the draws that the pool is
-worth over the draws of a step: where the pool averages the noise away, the rate need not. Below 1/2 there are no steps
-on the pool alone, which would undo the averaging.
+The n-th step that is noise caps the rate at 2 / (n + 2 − 3 T/2), where the pool is worth the draws of T steps: so many
+it averages itself, and the rate need not. A step is noise by the rule of `_rate.py`, and once sixteen pairs are there
+wherever it takes back what the last one did, which in many dimensions is for want of draws too: S has too few, and the
+step leads too far. Below 1/2 there are no steps on the pool alone, which would undo the averaging.
 
 *Far* from everything, where r² > 1e12 at a loss L = E_q[ℓ] > 0, S says nothing of where q will be. The mean alone
 moves, by the rule at ρ = 1 or down log L, and the rule starts anew there, from S = 100 I as the stock guides do:
@@ -49,7 +50,7 @@ __all__ = ["Recycling", "init", "step"]
 
 MAX_NUMBERS = 2**22  # of the Hessians that are kept
 MAX_PAIRS = 256
-COVERED, UNCOVERED = 8.0, 16
+COVERED, BEGUN = 8.0, 16
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
 SHORTEST = 0.1  # share of a step that was too long
 FAR, TRUST = 1e12, 100.0  # r²; a precision
@@ -177,7 +178,8 @@ def step(
 
     def noisy_steps_of(start: _Place) -> Array:
         opposed = _rate.opposed(start.moments.gradient, start.precision, state.rate.last_gradient)
-        return state.rate.noisy_steps + ((start.noisy | changed) & opposed).astype(dtype)
+        begun = (pool.count >= BEGUN) & ~start.far
+        return state.rate.noisy_steps + ((start.noisy | changed | begun) & opposed).astype(dtype)
 
     def cap_of(start: _Place) -> Array:
         return _cap(noisy_steps_of(start), start.moments.effective, recycling.num_pairs)
@@ -258,7 +260,7 @@ def step(
     start = end.start
     tries = end.proposals - start.far.astype(jnp.int32)  # at the rate that is searched
     far = usable & start.far
-    alone = (pool.count >= UNCOVERED) & (start.moments.effective < 3 * recycling.num_pairs.astype(dtype)) & ~start.far
+    alone = (pool.count >= BEGUN) & (start.moments.effective < 3 * recycling.num_pairs.astype(dtype)) & ~start.far
     more = usable & (start.noisy | ~end.taken | alone)
     num_pairs = jnp.where(more, jnp.minimum(max_pairs, 2 * recycling.num_pairs), recycling.num_pairs)
     num_draws, num_losses = (2 * num_drawn).astype(dtype), end.proposals + (usable & start.far).astype(jnp.int32)
@@ -363,6 +365,6 @@ def _pair(noise: Array) -> Array:
 
 
 def _cap(noisy_steps: Array, effective: Array, num_pairs: Array) -> Array:
-    """2/(n + 2), times the number of steps' draws that the estimate is worth; at most 1."""
-    falling = 2 / (noisy_steps + 2)
-    return jnp.minimum(1, falling * effective / (2 * num_pairs).astype(effective.dtype))
+    """2/(n + 2 − 3 T/2), T the number of steps whose draws the estimate is worth; at most 1."""
+    averaged = 1.5 * effective / (2 * num_pairs).astype(effective.dtype)
+    return 2 / (jnp.maximum(0, noisy_steps - averaged) + 2)

@@ -17,9 +17,10 @@ what the last one did is noise.
    the scales than S falls, as in heavy tails, a step in S leads beyond the fixed point, and the next ones with it
    around in a circle: they are as much shorter as the secant says that this one was too long (Irons & Tuck 1969).
 
-The n-th step that is noise by the rule of `_rate.py` caps the rate at 2 / (n + 2), times the draws that the pool is
-worth over the draws of a step: where the pool averages the noise away, the rate need not. Below 1/2 there are no steps
-on the pool alone, which would undo the averaging.
+The n-th step that is noise caps the rate at 2 / (n + 2 − 3 T/2), where the pool is worth the draws of T steps: so many
+it averages itself, and the rate need not. A step is noise by the rule of `_rate.py`, and once sixteen pairs are there
+wherever it takes back what the last one did, which in many dimensions is for want of draws too: S has too few, and the
+step leads too far. Below 1/2 there are no steps on the pool alone, which would undo the averaging.
 
 *Far* from everything, where r² > 1e12 at a loss L = E_q[ℓ] > 0, S says nothing of where q will be. The mean alone
 moves, by the rule at ρ = 1 or down log L, and the rule starts anew there, from S = 100 I as the stock guides do:
@@ -49,7 +50,7 @@ __all__ = ["Recycling", "init", "step"]
 
 MAX_NUMBERS = 2**22  # of the Hessians that are kept
 MAX_PAIRS = 256
-COVERED, UNCOVERED = 8.0, 16
+COVERED, BEGUN = 8.0, 16
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
 SHORTEST = 0.1  # share of a step that was too long
 FAR, TRUST = 1e12, 100.0  # r²; a precision
@@ -184,7 +185,8 @@ def step(
     start = place(state.loc, state.precision, scales_of(state.precision, blocks, state.radius))
     far, last_gradient = start.far, state.rate.last_gradient
     opposed = _rate.opposed(start.moments.gradient, start.precision, last_gradient)
-    noisy_steps = state.rate.noisy_steps + ((start.noisy or changed) and opposed)
+    begun = pool.count >= BEGUN and not far
+    noisy_steps = state.rate.noisy_steps + ((start.noisy or changed or begun) and opposed)
     first_rate, cap = state.rate.rate, _cap(noisy_steps, start.moments.effective, recycling.num_pairs)
     if not far:
         # down log L, or at draws closer to m than q's, a step that was taken says nothing of the next one's rate
@@ -237,7 +239,7 @@ def step(
         end = attempt(end)
 
     tries = end.proposals - far  # at the rate that is searched
-    alone = pool.count >= UNCOVERED and start.moments.effective < 3 * recycling.num_pairs and not far
+    alone = begun and start.moments.effective < 3 * recycling.num_pairs
     more = start.noisy or not end.taken or alone
     num_pairs = min(len(noise), 2 * recycling.num_pairs) if more else recycling.num_pairs
     rate = _rate.next_rate(end.rate, first_rate, end.taken, tries, math.inf if far else 1.0)
@@ -284,5 +286,6 @@ def _fresh(
 
 
 def _cap(noisy_steps: float, effective: float, num_pairs: int) -> float:
-    """2/(n + 2), times the number of steps' draws that the estimate is worth; at most 1."""
-    return min(1.0, 2 / (noisy_steps + 2) * effective / (2 * num_pairs))
+    """2/(n + 2 − 3 T/2), T the number of steps whose draws the estimate is worth; at most 1."""
+    averaged = 1.5 * effective / (2 * num_pairs)
+    return 2 / (max(0.0, noisy_steps - averaged) + 2)
