@@ -438,8 +438,7 @@ def _report(layout: Layout, guide_trace: dict, params: Mapping[str, Any], rule: 
         if message["type"] == "sample" and not message["is_observed"]
     }
     if not layout.sites and not layout.members:
-        described = ", ".join(f"'{name}': {type(fn).__name__}" for name, fn in sites.items())
-        described = f"{described}, of computed values" if described else "no site at all"
+        described = ", ".join(f"'{name}': {_described(fn)}" for name, fn in sites.items()) or "no site at all"
         sites_of_rule, guides_of_rule = WANTED[rule]
         raise ValueError(
             f"{rule} expected a guide with {sites_of_rule} whose parameters are parameters; the guide has {described}. "
@@ -452,6 +451,11 @@ def _report(layout: Layout, guide_trace: dict, params: Mapping[str, Any], rule: 
             f"updated by `others` (numpyro.optim.Adam({OTHERS_RATE[rule]}) unless given) from the same gradients.",
             stacklevel=5,
         )
+
+
+def _described(fn: Any) -> str:
+    """A distribution of a site that was not recognised."""
+    return f"{type(fn).__name__} (not of parameters alone)" if _has_family(fn) else type(fn).__name__
 
 
 def _check_plates(svi: SVI, layout: Layout, guide_trace: dict) -> None:

@@ -116,8 +116,7 @@ class Layout:
     def covers(self, params: Iterable[Tensor]) -> bool:
         """Whether this is still the layout of the parameters of a step."""
         known = {id(tensor) for tensor in (*self.tensors.values(), *self.others.values())}
-        known |= {id(param) for param in params if not param.numel()}
-        return {id(param) for param in params if param.requires_grad or not param.numel()} == known
+        return {id(param) for param in params if param.requires_grad and (param.numel() or id(param) in known)} == known
 
     def same_sites(self, other: Layout) -> bool:
         """Whether both have the same sites on the same tensors."""
@@ -457,8 +456,7 @@ WANTED = {  # by rule: sites, and guides that have them
 def _report(layout: Layout, probe: Probe, rule: str, alone: bool) -> None:
     if alone and not layout.sites and not layout.members:
         sites = {name: unwrap(message["fn"])[0] for name, message in probe.samples.items()}
-        described = ", ".join(f"'{name}': {type(fn).__name__}" for name, fn in sites.items())
-        described = f"{described}, of computed values" if described else "no site at all"
+        described = ", ".join(f"'{name}': {_described(fn)}" for name, fn in sites.items()) or "no site at all"
         sites_of_rule, guides_of_rule = WANTED[rule]
         raise ValueError(
             f"{rule} expected a guide with {sites_of_rule} whose parameters are parameters; the guide has {described}. "
@@ -471,6 +469,11 @@ def _report(layout: Layout, probe: Probe, rule: str, alone: bool) -> None:
             "gradients.",
             stacklevel=5,
         )
+
+
+def _described(fn: Any) -> str:
+    """A distribution of a site that was not recognised."""
+    return f"{type(fn).__name__} (not of parameters alone)" if _has_family(fn) else type(fn).__name__
 
 
 def _check_plates(loss: Any, layout: Layout, probe: Probe, learned_scales_only: bool) -> None:

@@ -578,7 +578,7 @@ def flow_guide():
 NOT_FOR_THE_RULE = {
     "a complex parameter": (complex_guide, TypeError, r"'k' has dtype complex128\. Give it a floating-point"),
     "a Student": (student_guide, ValueError, r"the guide has 'z': StudentT\. Use AutoNormal, .*AutoMultivariateNormal"),
-    "a flow": (flow_guide, ValueError, r"the guide has 'z': Normal\. Use AutoNormal"),
+    "a flow": (flow_guide, ValueError, r"the guide has 'z': Normal \(not of parameters alone\)\. Use AutoNormal"),
     "no site": (lambda: None, ValueError, "the guide has no site at all"),
 }
 
