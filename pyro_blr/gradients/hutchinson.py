@@ -39,14 +39,16 @@ def hutchinson(
     """E_q[g] and an estimate of diag E_q[∇²ℓ] at the given draws, of which each has its probes."""
     probes = draws.probes
     assert probes is not None  # the rule makes them for a diagonal precision
-    unit = standard_deviations(blocks, scales, torch.ones_like(loc))
 
     def at_draw(draw: Draws):
         assert draw.probes is not None
         loss, extras, gradient, location = value_and_gradient(objective, loc, scales, others, draw)
         products = torch.zeros_like(draw.probes)
         if differences:
-            at = gradient_of(objective, scales, others, draw)
+            at, unit = (
+                gradient_of(objective, scales, others, draw),
+                standard_deviations(blocks, scales, torch.ones_like(loc)),
+            )
             products = by_differences(at, loc, unit * draw.probes) / unit
         elif gradient.requires_grad:  # not where ℓ is linear
             for product, probe in zip(products, draw.probes, strict=True):

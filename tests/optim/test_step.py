@@ -206,6 +206,25 @@ def test_steps_count_as_noise_while_they_take_back_what_was_done(backend, inside
             assert float(after) == max(0.0, before + more / (weight if minibatch else 1.0))
 
 
+@pytest.mark.parametrize("minibatch", [False, True])
+def test_rows_of_a_batch_and_global_coordinates_have_no_curvature_in_common(backend, minibatch):
+    """Nothing is left of it between the weights 1 and 3; a scaled site of all data keeps it."""
+    problem, parts, gaussian = cases.quadratic(), LAYOUTS["diagonal"], backend.module("optim._gaussian")
+    weight = np.array([1.0, 1.0, 3.0, 3.0])
+    objective = backend.objective(problem, parts, backend.array(np.zeros((1, 4))), backend.array(weight), minibatch)
+    precision, blocks = backend.precision(np.eye(4)), backend.blocks(parts)
+    scales = backend.scales(np.eye(4), parts)
+    found = backend.gradients.hessian(
+        objective, backend.array(np.ones(4)), scales, None, backend.draws(1, None), blocks
+    )
+    hessian = backend.to_numpy(gaussian.completed(found, precision).hessian)
+    expected = backend.to_numpy(found.hessian) / np.maximum(weight[:, None], weight)
+    if minibatch:
+        expected[:2, 2:] = expected[2:, :2] = 0
+    assert_allclose(hessian, expected, rtol=1e-12)
+    assert np.abs(expected[:2, :2]).min() > 0
+
+
 def test_gradients_from_far_away_are_soon_forgotten(backend):
     rate, precision = backend.module("optim._rate"), backend.precision(np.array([1.0, 4.0]))
     average = backend.array(np.array([1e9, 0.0]))
