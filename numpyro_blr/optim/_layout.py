@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,8 @@ class Site:
         name: of the sample site.
         loc, scale: names of its parameters; `scale` is None where the covariance is not a parameter of its own.
         block: its coordinates.
-        constraint: of the scale parameter; SVI keeps parameters unconstrained.
+        constraint: of the scale parameter; SVI keeps parameters unconstrained. Where the guide makes the scale of an
+            unconstrained parameter, the constraint whose transform is what it does.
         family: of the parameter, where it is one of natural parameters, that both `loc` and `scale` name.
     """
 
@@ -120,35 +121,34 @@ def recognise(
     """The sites of `svi.guide` that are members of exponential families and the parameters that feed them.
 
     A parameter feeds an array if a random value given to the parameter comes back as that array, all of it or the
-    rows of a subsampled plate. Derived arrays (a scale that is computed in the guide, a neural network's output) do
-    not come back and are left to the other optimizer. Messages call the optimizer `rule`.
+    rows of a subsampled plate, or as its exp or softplus where it is to be a scale. Other derived arrays (a neural
+    network's output) do not come back and are left to the other optimizer. Messages call the optimizer `rule`.
     """
     kwargs, found = {**kwargs, **svi.static_kwargs}, []
     guide_trace, fed, arrays, naturals = _probe(svi, args, kwargs, params, any_family=False)
     for name in [name for name in guide_trace if name in arrays]:  # in the order of the guide, which jit has sorted
-        match = _match(name, unwrap(guide_trace[name]["fn"])[0], arrays[name], fed, guide_trace)
-        if match is not None and not (learned_scales_only and match[1] is None):
-            found.append((name, *match))
+        match = _match(name, unwrap(guide_trace[name]["fn"])[0], arrays[name], fed[name], guide_trace)
+        if match is not None and not (learned_scales_only and match.scale is None):
+            found.append((name, match))
     found = _without_repeated_points(found)
-    if any(_has_family(unwrap(guide_trace[name]["fn"])[0]) for name in set(arrays) - {site for site, *_ in found}):
+    if any(_has_family(unwrap(guide_trace[name]["fn"])[0]) for name in set(arrays) - {site for site, _ in found}):
         guide_trace, fed, arrays, naturals = _probe(svi, args, kwargs, params, any_family=True)
     members = _joint_members(guide_trace, params)
     joint = {site for member in members for site in member.sites}
     for name in [name for name in guide_trace if name in naturals]:
-        member = _match_member(guide_trace[name], naturals[name], arrays[name], fed, guide_trace)
-        if member is not None and name not in joint | {site for site, *_ in found}:
+        member = _match_member(guide_trace[name], naturals[name], arrays[name], fed[name], guide_trace)
+        if member is not None and name not in joint | {site for site, _ in found}:
             members.append(member)
 
-    uses = Counter(param for _, loc, scale, _ in found for param in (loc, scale) if param is not None)
+    uses = Counter(param for _, match in found for param in (match.loc, match.scale) if param is not None)
     uses.update(param for member in members for param in member.params)
     sites, start = [], 0
-    for name, loc, scale, structure in found:
-        if uses[loc] > 1 or (scale is not None and uses[scale] > 1):
+    for name, match in found:
+        if uses[match.loc] > 1 or (match.scale is not None and uses[match.scale] > 1):
             continue  # one parameter for several sites is no Gaussian of its own
-        coordinates = Block(start=start, shape=params[loc].shape, structure=structure)
-        constraint = None if scale is None else _constraint(guide_trace[scale])
-        sites.append(Site(name=name, loc=loc, scale=scale, block=coordinates, constraint=constraint))
-        start = coordinates.stop
+        block = Block(start=start, shape=params[match.loc].shape, structure=match.structure)
+        sites.append(Site(name=name, loc=match.loc, scale=match.scale, block=block, constraint=match.constraint))
+        start = block.stop
     members = [member for member in members if all(uses[param] == 1 for param in member.params)]
     claimed = {param for site in sites for param in (site.loc, site.scale)}
     claimed |= {param for member in members for param in member.params}
@@ -169,7 +169,7 @@ def _is_empty(param: Any) -> bool:
 def _probe(
     svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any], *, any_family: bool
 ) -> tuple[dict, dict, dict, dict]:
-    """The guide's trace, the random values that its parameters were given, and what its sample sites made of them.
+    """The guide's trace and, by sample site, the random values that parameters have there and what was made of them.
 
     These are the arrays of Gaussians and, with `any_family`, the natural parameters of all members of a family, which
     take longer to compile than the guide.
@@ -182,7 +182,7 @@ def _probe(
                 *args, **kwargs
             )
         )
-        fed = {
+        values = {
             name: _fed_rows(message, messages)
             for name, message in messages.items()
             if message["type"] == "param" and name in probes
@@ -194,6 +194,7 @@ def _probe(
         }
         naturals = {name: natural_of(base) for name, base in bases.items() if any_family and _has_family(base)}
         keys = {name: [key for keys in natural.host_parameters for key in keys] for name, natural in naturals.items()}
+        fed = {name: [values, _rows_by_hand(values, messages[name], messages)] for name in bases}
         arrays = {
             name: {key: getattr(base, key) for key in _ARRAYS.get(type(base), keys.get(name, ()))}
             for name, base in bases.items()
@@ -237,18 +238,27 @@ _LOWER_CHOLESKY = (
 )
 
 
-def _without_repeated_points(found: list[tuple]) -> list[tuple]:
+class _Match(NamedTuple):
+    """What feeds a Gaussian site: its parameters, and how the scale comes from what SVI keeps of it."""
+
+    loc: str
+    scale: str | None
+    structure: Structure
+    constraint: Any = None
+
+
+def _without_repeated_points(found: list[tuple[str, _Match]]) -> list[tuple[str, _Match]]:
     """The sites without the Deltas at a parameter that an earlier Delta is at: all of them are one point.
 
     AutoLaplaceApproximation draws all latents in one Delta, and gives a latent vector that is all there is on as it is.
     """
     first: dict[str, str] = {}
-    points = {name: first.setdefault(loc, name) for name, loc, _, structure in found if structure == "point"}
+    points = {name: first.setdefault(match.loc, name) for name, match in found if match.structure == "point"}
     return [site for site in found if points.get(site[0], site[0]) == site[0]]
 
 
 def _match_member(
-    message: dict, natural: Natural, arrays: dict[str, Array], fed: dict[str, Any], guide_trace: dict
+    message: dict, natural: Natural, arrays: dict[str, Array], fed: list[dict[str, Any]], guide_trace: dict
 ) -> Member | None:
     """The site as a member of a family, if all that determines it comes from parameters."""
     fn = message["fn"]
@@ -305,8 +315,8 @@ def plates_of(message: dict, guide_trace: dict) -> tuple[tuple[str, int, int], .
     return tuple((frame.name, frame.dim + rank, guide_trace[frame.name]["args"][0]) for frame in frames)
 
 
-def _natural_source(natural: Natural, fed: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    for param, value in fed.items():
+def _natural_source(natural: Natural, fed: list[dict[str, Any]]) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    for param, value in fed[0].items():
         # both by way of the host, which normalises where a family's λ is determined up to a constant
         if type(value) is type(natural) and _same(natural_of(value.to_distribution()).flat(), natural.flat()):
             return (param,), ()
@@ -314,7 +324,7 @@ def _natural_source(natural: Natural, fed: dict[str, Any]) -> tuple[tuple[str, .
 
 
 def _host_sources(
-    family: type[Natural], arrays: dict[str, Array], fed: dict[str, Any], guide_trace: dict
+    family: type[Natural], arrays: dict[str, Array], fed: list[dict[str, Any]], guide_trace: dict
 ) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """The parameters that feed all parameters of the host's distribution, in one of the ways that it has."""
     for keys in family.host_parameters:
@@ -325,10 +335,14 @@ def _host_sources(
     return None
 
 
-def _source(array: Array, fed: dict[str, Any]) -> str | None:
-    for param, value in fed.items():
-        if not isinstance(value, Natural) and _same(value, array):
-            return param
+def _source(
+    array: Array, fed: list[dict[str, Any]], made: Callable[[Array], Array] = lambda value: value
+) -> str | None:
+    """The parameter of which the guide has `made` this array."""
+    for values in fed:
+        for param, value in values.items():
+            if not isinstance(value, Natural) and value.shape == array.shape and _same(made(value), array):
+                return param
     return None
 
 
@@ -338,20 +352,16 @@ def _same(value: Array, other: Array) -> bool:
 
 
 def _match(
-    name: str, base: Any, arrays: dict[str, Array], fed: dict[str, Array], guide_trace: dict
-) -> tuple[str, str | None, Structure] | None:
-    """(loc, scale, structure) of a site fed by parameters."""
-
-    def source(key: str) -> str | None:
-        return _source(arrays[key], fed)
-
+    name: str, base: Any, arrays: dict[str, Array], fed: list[dict[str, Any]], guide_trace: dict
+) -> _Match | None:
+    """The parameters that feed a site, if any do."""
     if isinstance(base, dist.Delta):
-        loc = source("v")
-        return None if loc is None else (loc, None, "point")
+        loc = _source(arrays["v"], fed)
+        return None if loc is None else _Match(loc, None, "point")
     if not isinstance(base, (dist.Normal, dist.MultivariateNormal, dist.LowRankMultivariateNormal)):
         return None
-    loc = source("loc")
-    if loc is None or not isinstance(biject_to(_constraint(guide_trace[loc])), _IDENTITIES):
+    loc = _source(arrays["loc"], fed)
+    if loc is None or not _unconstrained(guide_trace[loc]):
         return None
     if isinstance(base, dist.LowRankMultivariateNormal):
         raise ValueError(
@@ -359,14 +369,34 @@ def _match(
             "Use AutoMultivariateNormal (full rank) or AutoNormal (mean field, preconditioned by a dense precision)."
         )
     if isinstance(base, dist.MultivariateNormal):
-        scale = source("scale_tril")
-        return (loc, scale, "fixed" if scale is None else "dense")
+        scale = _source(arrays["scale_tril"], fed)
+        return (
+            _Match(loc, None, "fixed")
+            if scale is None
+            else _Match(loc, scale, "dense", _constraint(guide_trace[scale]))
+        )
     if base.shape() != _base_value_shape(guide_trace[name]):
         return None  # one location for many draws of a plate
-    scale = source("scale")
+    scale, constraint = _scale_source(arrays["scale"], fed, guide_trace)
     if scale is None or guide_trace[scale]["value"].shape != guide_trace[loc]["value"].shape:
-        return (loc, None, "fixed")
-    return (loc, scale, "diagonal")
+        return _Match(loc, None, "fixed")
+    return _Match(loc, scale, "diagonal", constraint)
+
+
+def _scale_source(array: Array, fed: list[dict[str, Any]], guide_trace: dict) -> tuple[str | None, Any]:
+    """The parameter that is a scale, or that the guide makes one of, and its constraint or what does the same."""
+    scale = _source(array, fed)
+    if scale is not None:
+        return scale, _constraint(guide_trace[scale])
+    for constraint in (constraints.positive, constraints.softplus_positive):  # exp and softplus
+        scale = _source(array, fed, biject_to(constraint))
+        if scale is not None and _unconstrained(guide_trace[scale]):
+            return scale, constraint
+    return None, None
+
+
+def _unconstrained(message: dict) -> bool:
+    return isinstance(biject_to(_constraint(message)), _IDENTITIES)
 
 
 _IDENTITIES = (type(biject_to(constraints.real)), type(biject_to(constraints.real_vector)))
@@ -405,6 +435,13 @@ def _fed_rows(message: dict, guide_trace: dict) -> Any:
     if isinstance(value, Natural):
         return natural_rows(value, message["kwargs"].get(EVENT_DIM, 0), subsampled(message, guide_trace))
     return value if event_dim is None else rows_of(value, event_dim, subsampled(message, guide_trace))
+
+
+def _rows_by_hand(values: dict[str, Any], message: dict, guide_trace: dict) -> dict[str, Array]:
+    """The rows that a guide may take of each parameter to feed a site in subsampled plates."""
+    frames = subsampled(message, guide_trace)
+    arrays = {name: value for name, value in values.items() if frames and not isinstance(value, Natural)}
+    return {name: rows_of(value, len(message["fn"].event_shape), frames) for name, value in arrays.items()}
 
 
 def rows_of(value: Array, event_dim: int, frames: list[tuple[int, int, Array]]) -> Array:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.constraints import softplus_positive
 from pyro.infer import SVI
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
@@ -100,7 +101,8 @@ class Member:
 class Layout:
     """Every recognised site, the tensors and constraints of their parameters, and the tensors that belong to none.
 
-    `sites` share one Gaussian over all their coordinates, `members` have natural parameters of their own.
+    `sites` share one Gaussian over all their coordinates, `members` have natural parameters of their own. The guide
+    itself makes scales of the parameters `made`, which are unconstrained, by the transform of their `constraints`.
     """
 
     sites: tuple[Site, ...]
@@ -108,6 +110,7 @@ class Layout:
     tensors: dict[str, Tensor]
     constraints: dict[str, Any]
     others: dict[str, Tensor]
+    made: frozenset[str] = frozenset()
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -138,9 +141,9 @@ def recognise(
     """The sites of `svi.guide` that are members of exponential families and the parameters that feed them.
 
     A parameter feeds an array if a random value given to the parameter comes back as that array, all of it or the
-    rows of a subsampled plate. Derived arrays (a scale that is computed in the guide, a neural network's output) do
-    not come back and are left to the other optimizer. Messages call the optimizer `rule`; where it is not `alone` with
-    these sites, there may be none.
+    rows of a subsampled plate, or as its exp or softplus where it is to be a scale. Other derived arrays (a neural
+    network's output) do not come back and are left to the other optimizer. Messages call the optimizer `rule`; where
+    it is not `alone` with these sites, there may be none.
     """
     params = [param for param in params if param.requires_grad]
     with _random_values(params), pyro.poutine.block(), Probe(params) as probe, undisturbed(), torch.no_grad():
@@ -152,23 +155,26 @@ def recognise(
         single = [_match_member(probe.samples[name], probe) for name in rest if matches[name] is None]
     found = _without_repeated_points(
         [
-            (name, *match)
+            (name, match)
             for name, match in matches.items()
-            if match is not None and name not in joint and not (learned_scales_only and not match[1])
+            if match is not None and name not in joint and not (learned_scales_only and not match.scale)
         ]
     )
     members += [member for member in single if member is not None]
 
-    uses = Counter(param for _, loc, scale, _ in found for param in (loc, *scale))
+    uses = Counter(param for _, match in found for param in (match.loc, *match.scale))
     uses.update(param for member in members for param in member.params)
     sites: list[Site] = []
     start = 0
-    for name, loc, scale, structure in found:
-        if any(uses[param] > 1 for param in (loc, *scale)):
+    made: dict[str, Any] = {}
+    for name, match in found:
+        if any(uses[param] > 1 for param in (match.loc, *match.scale)):
             continue  # one parameter for several sites is no Gaussian of its own
-        shape = tuple(probe.tensors[loc].shape)
-        sites.append(Site(name=name, loc=loc, scale=scale, block=Block(start=start, shape=shape, structure=structure)))
-        start = sites[-1].block.stop
+        block = Block(start=start, shape=tuple(probe.tensors[match.loc].shape), structure=match.structure)
+        sites.append(Site(name=name, loc=match.loc, scale=match.scale, block=block))
+        if match.made is not None:
+            made[match.scale[0]] = match.made
+        start = block.stop
     members = [member for member in members if all(uses[param] == 1 for param in member.params)]
 
     claimed = [param for site in sites for param in (site.loc, *site.scale)]
@@ -186,8 +192,9 @@ def recognise(
         sites=tuple(sites),
         members=tuple(members),
         tensors=tensors,
-        constraints={name: probe.constraints[name] for name in claimed},
+        constraints={name: made.get(name, probe.constraints[name]) for name in claimed},
         others=dict(sorted(others.items())),
+        made=frozenset(made),
     )
     _report(layout, probe, rule, alone)
     if rule == "BLR":  # IVON has its own word for subsampled sites
@@ -215,6 +222,7 @@ class Probe(Messenger):
         self.constrained: dict[str, Tensor] = {}
         self.messages: dict[str, Any] = {}
         self.samples: dict[str, Any] = {}
+        self.indices: dict[str, Tensor] = {}
 
     def _pyro_post_param(self, msg: Any) -> None:
         name, tensor = msg["name"], msg["value"].unconstrained()
@@ -229,6 +237,19 @@ class Probe(Messenger):
     def rows(self) -> dict[str, Tensor]:
         """What the guide was given for every parameter, all of it or the rows of a subsampled plate."""
         return {param: msg["value"].detach() for param, msg in self.messages.items()}
+
+    def fed(self, message: Any) -> list[tuple[str, Tensor]]:
+        """What a site may be fed: parameters, but for natural ones, and the rows of its plates, if taken by hand."""
+        fed = [
+            (param, value) for param, value in self.rows().items() if not hasattr(self.tensors[param], "natural_field")
+        ]
+        if subsampled(message):
+            fed += [
+                (param, rows_of(value, value.ndim, message, self.indices))
+                for param, value in fed
+                if has_rows(value, message)
+            ]
+        return fed
 
     def naturals(self) -> list[tuple[tuple[str, ...], Natural]]:
         """The parameters that hold the fields of natural parameters, with what the guide was given for them."""
@@ -247,7 +268,9 @@ class Probe(Messenger):
         return result
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample):
+        if isinstance(msg["fn"], _Subsample):
+            self.indices[msg["name"]] = msg["value"]
+        elif not msg["is_observed"]:
             self.samples[msg["name"]] = msg
 
 
@@ -279,13 +302,22 @@ def _random_values(params: list[Tensor]):
             param.data.copy_(value)
 
 
-def _match(name: str, message: Any, probe: Probe) -> tuple[str, tuple[str, ...], Structure] | None:
-    """(loc, scale, structure) of a site fed by parameters that are no natural parameters."""
-    rows = {param: value for param, value in probe.rows().items() if not hasattr(probe.tensors[param], "natural_field")}
+class _Match(NamedTuple):
+    """What feeds a Gaussian site: its parameters, and the constraint whose transform the guide makes the scale by."""
 
-    def source(array: Tensor) -> str | None:
-        for param, value in rows.items():
-            if value.shape == array.shape and torch.equal(value, array.detach()):
+    loc: str
+    scale: tuple[str, ...]
+    structure: Structure
+    made: Any = None
+
+
+def _match(name: str, message: Any, probe: Probe) -> _Match | None:
+    """The parameters that feed a site, if any do, and they are no natural parameters."""
+    fed = probe.fed(message)
+
+    def source(array: Tensor, made: Callable[[Tensor], Tensor] = lambda value: value) -> str | None:
+        for param, value in fed:
+            if value.shape == array.shape and _same(made(value), array):
                 return param
         return None
 
@@ -293,17 +325,27 @@ def _match(name: str, message: Any, probe: Probe) -> tuple[str, tuple[str, ...],
         param = source(scale_tril)
         if param is not None:
             return (param,)
-        for diagonal, first in rows.items():
-            for unit, second in rows.items():
+        for diagonal, first in fed:
+            for unit, second in fed:
                 rows_scaled = second.shape == scale_tril.shape and first.shape == second.shape[:-1]
                 if rows_scaled and torch.equal(first[..., None] * second, scale_tril.detach()):
                     return (diagonal, unit)
         return ()
 
+    def scale_source(scale: Tensor) -> tuple[str | None, Any]:
+        param = source(scale)
+        if param is not None:
+            return param, None
+        for constraint in (constraints.positive, softplus_positive):  # exp and softplus
+            param = source(scale, transform_to(constraint))
+            if param is not None and _identity(probe.constraints[param]):
+                return param, constraint
+        return None, None
+
     base, _ = unwrap(message["fn"])
     if isinstance(base, dist.Delta):
         loc = source(base.v)
-        return None if loc is None else (loc, (), "point")
+        return None if loc is None else _Match(loc, (), "point")
     if not isinstance(
         base, (torch.distributions.Normal, dist.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)
     ):
@@ -318,20 +360,20 @@ def _match(name: str, message: Any, probe: Probe) -> tuple[str, tuple[str, ...],
         )
     if isinstance(base, torch.distributions.MultivariateNormal):
         scale = sources(base.scale_tril)
-        return (loc, scale, "dense" if scale else "fixed")
-    parameter = source(base.scale)
+        return _Match(loc, scale, "dense" if scale else "fixed")
+    parameter, made = scale_source(base.scale)
     if parameter is None or probe.constrained[parameter].shape != probe.constrained[loc].shape:
-        return (loc, (), "fixed")
-    return (loc, (parameter,), "diagonal")
+        return _Match(loc, (), "fixed")
+    return _Match(loc, (parameter,), "diagonal", made)
 
 
-def _without_repeated_points(found: list[tuple]) -> list[tuple]:
+def _without_repeated_points(found: list[tuple[str, _Match]]) -> list[tuple[str, _Match]]:
     """The sites without the Deltas at a parameter that an earlier Delta is at: all of them are one point.
 
     AutoLaplaceApproximation draws all latents in one Delta, and gives a latent vector that is all there is on as it is.
     """
     first: dict[str, str] = {}
-    points = {name: first.setdefault(loc, name) for name, loc, _, structure in found if structure == "point"}
+    points = {name: first.setdefault(match.loc, name) for name, match in found if match.structure == "point"}
     return [site for site in found if points.get(site[0], site[0]) == site[0]]
 
 
@@ -344,7 +386,7 @@ def _match_member(message: Any, probe: Probe) -> Member | None:
     if message["infer"].get("enumerate") is not None:
         return None  # the loss sums it out
     natural = natural_of(base)
-    sources = _natural_source(natural, probe) or _host_sources(base, type(natural), probe)
+    sources = _natural_source(natural, probe) or _host_sources(base, type(natural), probe, message)
     if sources is None:
         return None
     params, keys = sources
@@ -407,15 +449,17 @@ def _natural_source(natural: Natural, probe: Probe) -> tuple[tuple[str, ...], tu
     return None
 
 
-def _host_sources(base: Any, family: type[Natural], probe: Probe) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+def _host_sources(
+    base: Any, family: type[Natural], probe: Probe, message: Any
+) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """The parameters that feed all parameters of the host's distribution, in one of the ways that it has."""
     if family in (NormalNatural, MultivariateNormalNatural):
         return None  # a site of the Gaussian, or none
-    rows = {param: value for param, value in probe.rows().items() if not hasattr(probe.tensors[param], "natural_field")}
+    fed = probe.fed(message)
 
     def source(keys: tuple[str, ...], key: str) -> str | None:
         array = getattr(base, key)
-        for param, value in rows.items():
+        for param, value in fed:
             # logits and probs come back normalised
             if value.shape == array.shape and (
                 _same(value, array) or (len(keys) == 1 and _same(getattr(type(base)(**{key: value}), key), array))
@@ -540,13 +584,14 @@ def constrained(layout: Layout, loc: Tensor, scales: tuple[Tensor | None, ...]) 
             diagonal = scale.diagonal(dim1=-2, dim2=-1)
             values[site.scale[0]], values[site.scale[1]] = diagonal, scale / diagonal[..., None]
         else:
-            values[site.scale[0]] = scale
+            name = site.scale[0]
+            values[name] = transform_to(layout.constraints[name]).inv(scale) if name in layout.made else scale
     return values
 
 
 def unconstrained(layout: Layout, loc: Tensor, scales: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
     return {
-        name: transform_to(layout.constraints[name]).inv(value)
+        name: value if name in layout.made else transform_to(layout.constraints[name]).inv(value)
         for name, value in constrained(layout, loc, scales).items()
     }
 
@@ -619,6 +664,11 @@ def axes_of(num_axes: int, message: Any) -> list[tuple[Any, int]]:
     """The subsampled plates around a site, each with its axis, from the left, in the site's arrays over all rows."""
     event_dim = message["fn"].event_dim
     return [(frame, frame.dim - event_dim + num_axes) for frame in subsampled(message)]
+
+
+def has_rows(value: Tensor, message: Any) -> bool:
+    """Whether an array has all the rows of the subsampled plates."""
+    return all(axis >= 0 and value.shape[axis] == frame.full_size for frame, axis in axes_of(value.ndim, message))
 
 
 def rows_of(value: Tensor, num_axes: int, message: Any, indices: Mapping[str, Tensor]) -> Tensor:
