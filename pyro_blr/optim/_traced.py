@@ -78,8 +78,8 @@ class Traced(Vectorised):
             *self.data,
         ]
         with torch.no_grad():
-            program, num_at_once = self.graph.program(transformation, scales, rows, inputs)
             try:
+                program, num_at_once = self.graph.program(transformation, scales, rows, inputs)
                 if num_at_once == num_draws:
                     return tuple(program(*rows, *inputs))
                 parts = zip(*(row.split(num_at_once) for row in rows), strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from types import SimpleNamespace
@@ -314,14 +315,18 @@ def test_data_are_inputs_and_other_shapes_and_numbers_are_traced_anew():
     check_same(found.params, after_all(False).params)
 
 
-def test_data_from_which_other_shapes_follow_are_evaluated_by_the_host():
+@pytest.mark.parametrize("num_pairs", [1, 2], ids=["a program", "no program yet"])
+def test_data_from_which_other_shapes_follow_are_evaluated_by_the_host(num_pairs):
     def model(y):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         positive = y[y > 0]
         pyro.sample("y", dist.StudentT(4.0, z.expand(len(positive)), 1.0).to_event(1), obs=positive)
 
     def after_both(compile):
-        used = fit(model, tensors(NOISE), compile=compile)
+        used = fit(model, tensors(NOISE), compile=compile, num_steps=1)
+        gaussian = used.optimizer.state.gaussian
+        recycling = replace(gaussian.recycling, num_pairs=num_pairs)
+        used.optimizer.state = replace(used.optimizer.state, gaussian=replace(gaussian, recycling=recycling))
         used.svi.step(*tensors(NOISE + 0.5))
         return stored()
 
