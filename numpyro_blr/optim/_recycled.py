@@ -4,7 +4,8 @@ One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.p
 arguments are not those of the last step: the draws are of another ℓ, and as between minibatches a step that takes back
 what the last one did is noise.
 
-1. Draw a few antithetic pairs, with their Hessians, into the pool: at first one pair a step; twice as many, up to
+1. Draw a few antithetic pairs, with their Hessians, into the pool, each at right angles to the ones before it
+   (`gradients/orthogonal.py`; V does not know it, and is a bound): at first one pair a step; twice as many, up to
    `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take, or
    sixteen pairs are worth little more than the last: in hundreds of dimensions only the last draws weigh anything, and
    one pair knows no error. A shorter rate alone tells of curvature, not of noise.
@@ -34,6 +35,7 @@ draws are drawn closer to m, since those far from it are all that is seen of suc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -42,11 +44,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..families import Block, DensePrecision
-from ..gradients import Draws, Objective, hessians_at, recycled
+from ..gradients import Draws, Objective, hessians_at, orthogonal, recycled
 from . import _rate
 from ._gaussian import State, all_finite, scales_of, select, skipped
 
-__all__ = ["Recycling", "init", "step"]
+__all__ = ["Recycling", "drawn", "init", "step"]
 
 MAX_NUMBERS = 2**22  # of the Hessians that are kept
 MAX_PAIRS = 256
@@ -64,22 +66,36 @@ class Recycling:
 
     Attributes:
         pool: the draws.
+        frame: what the next ones are taken from.
         num_pairs: that the next step draws.
         digest: of the model's arguments at the draws.
         taken: whether the last step took anything.
     """
 
     pool: recycled.Pool
+    frame: orthogonal.Frame
     num_pairs: Array
     digest: Array
     taken: Array
 
 
-def init(loc: Array, scales: tuple[Any, ...]) -> Recycling:
+def init(loc: Array, scales: tuple[Any, ...], max_pairs: int) -> Recycling:
     """No draws yet, and room for 512, or as many as have four million numbers in their Hessians, but for 16."""
     num_pairs = min(MAX_PAIRS, max(8, MAX_NUMBERS // (2 * len(loc) ** 2)))
-    pool, one = recycled.init(num_pairs, loc, scales), jnp.ones((), jnp.int32)
-    return Recycling(pool=pool, num_pairs=one, digest=jnp.zeros((), jnp.uint32), taken=jnp.zeros((), bool))
+    return Recycling(
+        pool=recycled.init(num_pairs, loc, scales),
+        frame=orthogonal.init(loc, max_pairs),
+        num_pairs=jnp.ones((), jnp.int32),
+        digest=jnp.zeros((), jnp.uint32),
+        taken=jnp.zeros((), bool),
+    )
+
+
+def drawn(state: State, normals: Callable[[int], Array], max_pairs: int) -> tuple[State, Array]:
+    """ε of the next step's pairs, the first of [`max_pairs`, D], from standard normal noise: S -> [S, D]."""
+    recycling = state.recycling
+    noise, frame = orthogonal.drawn(recycling.frame, normals, recycling.num_pairs, max_pairs)
+    return replace(state, recycling=replace(recycling, frame=frame)), noise
 
 
 class _Place(NamedTuple):
@@ -269,7 +285,7 @@ def step(
     radius = jnp.where(far, jnp.maximum(NARROWER * state.radius, NARROWEST), jnp.minimum(1, 2 * state.radius))
     evaluations += num_draws * num_losses.astype(dtype)
     taken = jnp.where(usable, end.taken, recycling.taken)
-    recycling = Recycling(pool, num_pairs, digest, taken)
+    recycling = replace(recycling, pool=pool, num_pairs=num_pairs, taken=taken)
     tried = replace(state, recycling=recycling, evaluations=state.evaluations + evaluations)
     after = replace(  # where nothing was taken, `end.here` is the start
         tried,

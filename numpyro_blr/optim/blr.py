@@ -170,7 +170,7 @@ class BLR(numpyro.optim._NumPyroOptim):
             loc, scales = gather(layout, params)
             precision = family.from_scales(layout.blocks, scales, UNLEARNED_SCALE, like=loc)
             start = loc if self.learning_rate is not None else beside(loc, precision, layout.blocks)
-            return init(start, precision, _recycled.init(loc, scales) if recycles else None)
+            return init(start, precision, _recycled.init(loc, scales, self.num_draws // 2) if recycles else None)
 
         return start(dict(params))
 
@@ -233,11 +233,13 @@ class BLR(numpyro.optim._NumPyroOptim):
             members, fitted, draws, loss, g_others, extras = self._sweep(fn, count, opt_state, draws, others)
         if gaussian is not None and gaussian.recycling is not None:
             objective = tempered(_svi.objective_of(fn, layout, params), layout.blocks, self.temperature)
+            normals = partial(_svi.joint_noise, _svi.key_of(fn, layout, params), like=gaussian.loc)
+            gaussian, noise = _recycled.drawn(gaussian, normals, self.num_draws // 2)
             gaussian, average, moved = _recycled.step(
                 gaussian,
                 objective,
                 layout.blocks,
-                _svi.joint_noise(_svi.key_of(fn, layout, params), self.num_draws // 2, gaussian.loc),
+                noise,
                 self.temperature,
                 digest_of(_svi.arguments_of_step()),
                 forward=forward_mode_differentiation,

@@ -37,6 +37,7 @@ from ..gradients import (
     has_second_derivative,
     hessian,
     hutchinson,
+    orthogonal,
     parted,
     recycled,
     reparameterized,
@@ -191,7 +192,7 @@ class BLR(pyro.optim.PyroOptim):
             family is DensePrecision and self.learning_rate is None and _svi.recyclable(svi, args, kwargs, layout)
         )
         start = loc if self.learning_rate is not None else beside(loc, precision, layout.blocks)
-        return init(start, precision, _recycled.init(loc, scales) if recycles else None)
+        return init(start, precision, _recycled.init(loc, scales, self.num_draws // 2) if recycles else None)
 
     def _needs_differences(self, svi: SVI, args: tuple, kwargs: dict, state: OptState) -> bool:
         if state.gaussian is None or state.layout.members or self.estimator == "gradient":
@@ -292,7 +293,8 @@ class BLR(pyro.optim.PyroOptim):
             plain = _svi.objective_of(svi, args, kwargs, layout, seed)
             members, naturals, draws, loss = self._sweep(plain, state, draws, seed)
         if gaussian is not None and gaussian.recycling is not None:
-            noise = _svi.joint_noise(seed, self.num_draws // 2, gaussian.loc)
+            normals = partial(_svi.joint_noise, seed, like=gaussian.loc)
+            gaussian, noise = _recycled.drawn(gaussian, normals, self.num_draws // 2)
             digest = self._fingerprint.of(args, kwargs)
             gaussian, average, moved = _recycled.step(
                 gaussian, objective, layout.blocks, noise, self.temperature, digest, differences=state.differences
@@ -500,19 +502,23 @@ def described(layout: Layout) -> list[tuple[str, str, tuple[int, ...]]]:
     ]
 
 
-KEPT = [item.name for item in fields(_recycled.Recycling) if item.name != "pool"]
+STORES: dict[str, Any] = {"pool": recycled.Pool, "frame": orthogonal.Frame}
+KEPT = [item.name for item in fields(_recycled.Recycling) if item.name not in STORES]
 
 
 def recycling_state(gaussian: State | None) -> dict[str, Any] | None:
     """The draws that are kept, as tensors and numbers by name."""
     if gaussian is None or gaussian.recycling is None:
         return None
-    return {**vars(gaussian.recycling.pool), **{name: getattr(gaussian.recycling, name) for name in KEPT}}
+    recycling = gaussian.recycling
+    return {**vars(recycling.pool), **vars(recycling.frame), **{name: getattr(recycling, name) for name in KEPT}}
 
 
 def resumed_recycling(fresh: _recycled.Recycling | None, loaded: dict[str, Any] | None) -> _recycled.Recycling | None:
     """What `recycling_state` described; a fit that keeps draws now and did not then starts without any."""
     if fresh is None or loaded is None:
         return fresh
-    pool = recycled.Pool(**{item.name: loaded[item.name] for item in fields(recycled.Pool)})
-    return _recycled.Recycling(pool=pool, **{name: loaded[name] for name in KEPT})
+    pool, frame = (kind(**{item.name: loaded[item.name] for item in fields(kind)}) for kind in STORES.values())
+    if frame.rows.shape != fresh.frame.rows.shape:
+        frame = fresh.frame  # of another `num_draws`
+    return _recycled.Recycling(pool=pool, frame=frame, **{name: loaded[name] for name in KEPT})

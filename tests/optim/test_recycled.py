@@ -20,7 +20,7 @@ def started(backend, loc, precision):
     made = backend.state(reference.State(loc=np.asarray(loc, float), precision=np.asarray(precision, float)))
     blr, recycled = backend.blr, backend.module("optim._recycled")
     scales = blr.scales_of(made.precision, backend.blocks(PARTS), 1.0)
-    return blr.init(made.loc, made.precision, recycled.init(made.loc, scales))
+    return blr.init(made.loc, made.precision, recycled.init(made.loc, scales, 4))
 
 
 def stepper(backend, loss):

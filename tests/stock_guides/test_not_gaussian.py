@@ -75,9 +75,13 @@ STARTS = {
 
 
 def common_noise(xp, shape, number):
-    """ε as a function of the number of the draw and the shape of the site; nothing random about it."""
+    """ε as a function of the number of the draw and the shape of the site; nothing random about it.
+
+    The square is there so that matrices of it have full rank.
+    """
     size = int(np.prod(shape))
-    return (1.5 * xp.sin(1.0 + 2.1 * number + 0.7 * size + 1.3 * xp.arange(float(size)))).reshape(shape)
+    place = xp.arange(float(size))
+    return (1.5 * xp.sin(1.0 + 2.1 * number + 0.7 * size + 1.3 * place + 0.37 * place**2)).reshape(shape)
 
 
 @pytest.mark.parametrize(
