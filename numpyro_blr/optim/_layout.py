@@ -54,7 +54,7 @@ class Site:
     """A Gaussian sample site of the guide whose arrays are parameters.
 
     Attributes:
-        name: of the sample site.
+        name: of the sample site, or of the parameter where it belongs to none and is a point of its own.
         loc, scale: names of its parameters; `scale` is None where the covariance is not a parameter of its own.
         block: its coordinates.
         constraint: of the scale parameter; SVI keeps parameters unconstrained. Where the guide makes the scale of an
@@ -68,6 +68,11 @@ class Site:
     block: Block = field(metadata={"static": True})
     constraint: Any
     family: type[Natural] | None = field(metadata={"static": True}, default=None)
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is a parameter of no sample site."""
+        return self.name == self.loc
 
 
 @jax.tree_util.register_dataclass
@@ -114,15 +119,28 @@ class Layout:
     def blocks(self) -> tuple[Block, ...]:
         return tuple(site.block for site in self.sites)
 
+    @property
+    def bare(self) -> np.ndarray:
+        """Which coordinates are parameters of no sample site, [D]."""
+        return np.repeat([site.bare for site in self.sites], [site.block.size for site in self.sites])
+
 
 def recognise(
-    svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any], *, learned_scales_only: bool, rule: str = "BLR"
+    svi: SVI,
+    args: tuple,
+    kwargs: dict,
+    params: Mapping[str, Any],
+    *,
+    learned_scales_only: bool,
+    rule: str = "BLR",
+    points: int = 0,
 ) -> Layout:
     """The sites of `svi.guide` that are members of exponential families and the parameters that feed them.
 
     A parameter feeds an array if a random value given to the parameter comes back as that array, all of it or the
     rows of a subsampled plate, or as its exp or softplus where it is to be a scale. Other derived arrays (a neural
-    network's output) do not come back and are left to the other optimizer. Messages call the optimizer `rule`.
+    network's output) do not come back and are left to the other optimizer, or, where there are at most `points`
+    coordinates in all, are points beside the sites. Messages call the optimizer `rule`.
     """
     kwargs, found = {**kwargs, **svi.static_kwargs}, []
     guide_trace, fed, arrays, naturals = _probe(svi, args, kwargs, params, any_family=False)
@@ -153,11 +171,28 @@ def recognise(
     claimed = {param for site in sites for param in (site.loc, site.scale)}
     claimed |= {param for member in members for param in member.params}
     others = tuple(name for name in params if name not in claimed and not _is_empty(params[name]))
-    layout = Layout(tuple(sites), tuple(members), others)
+    layout = _with_points(Layout(tuple(sites), tuple(members), others), params, points)
     _report(layout, guide_trace, params, rule)
     if rule == "BLR":  # IVON has its own word for subsampled sites
         _check_plates(svi, layout, guide_trace)
     return layout
+
+
+def _with_points(layout: Layout, params: Mapping[str, Any], most: int) -> Layout:
+    """With the parameters of no site as sites of no width, if the coordinates of all are at most so many."""
+    arrays = {name: params[name] for name in layout.others if isinstance(params[name], jax.Array)}
+    start = sum(site.block.size for site in layout.sites)
+    fits = start + sum(array.size for array in arrays.values()) <= most
+    if not (layout.sites and fits) or layout.members or len(arrays) < len(layout.others):
+        return layout
+    if len({params[site.loc].dtype for site in layout.sites} | {array.dtype for array in arrays.values()}) > 1:
+        return layout  # one Gaussian has one precision of its numbers
+    points = []
+    for name, array in arrays.items():
+        block = Block(start=start, shape=array.shape, structure="point")
+        points.append(Site(name=name, loc=name, scale=None, block=block, constraint=None))
+        start = block.stop
+    return Layout((*layout.sites, *points), (), ())
 
 
 def _is_empty(param: Any) -> bool:
@@ -496,7 +531,8 @@ def _described(fn: Any) -> str:
 
 
 def _check_plates(svi: SVI, layout: Layout, guide_trace: dict) -> None:
-    local = [site.name for site in layout.sites if subsampled(guide_trace[site.name], guide_trace)]
+    sites = [site.name for site in layout.sites if not site.bare]
+    local = [name for name in sites if subsampled(guide_trace[name], guide_trace)]
     local += [site for member in layout.members if member.local for site in member.sites]
     if local and svi.loss.num_particles > 1:
         raise ValueError(

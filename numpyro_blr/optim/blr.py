@@ -97,8 +97,10 @@ class BLR(numpyro.optim._NumPyroOptim):
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
             most: a step begins with one pair. Not used by `estimator="gradient"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q). 1 is Bayes.
-        others: optimizer of the parameters that belong to no recognised site, a `numpyro.optim` or optax optimizer;
-            `numpyro.optim.Adam(0.01)` if None. They get their gradient from the same backward passes.
+        others: optimizer of the parameters that belong to no recognised site, a `numpyro.optim` or optax optimizer.
+            They get their gradient from the same backward passes. None: with up to 256 coordinates in all, and no
+            `learning_rate`, they are points beside the sites and take their steps, which are Newton's; otherwise
+            `numpyro.optim.Adam(0.01)`.
 
     Raises:
         TypeError, ValueError: at construction for arguments out of range; at `svi.init` for a loss that is no ELBO,
@@ -125,6 +127,8 @@ class BLR(numpyro.optim._NumPyroOptim):
         self.num_draws = _options.checked_num_draws(num_draws)
         self.temperature = _options.checked_temperature(temperature)
         self.others = _svi.host_optimizer(others)
+        alone = others is None and learning_rate is None and estimator in ("auto", "hessian")
+        self._most_points = MAX_DENSE_DIMENSION if alone else 0
 
     def init(self, params: Mapping[str, Any]) -> tuple[Array, OptState]:
         """The state for SVI's unconstrained `params`; called by `SVI.init`, from which it learns the guide."""
@@ -132,7 +136,7 @@ class BLR(numpyro.optim._NumPyroOptim):
         svi, args, kwargs = _svi.calling_svi(SVI.init)
         _svi.check_loss(svi.loss)
         gradient_only = self.estimator == "gradient"
-        layout = recognise(svi, args, kwargs, params, learned_scales_only=gradient_only)
+        layout = recognise(svi, args, kwargs, params, learned_scales_only=gradient_only, points=self._most_points)
         if layout.members and gradient_only:
             raise ValueError(
                 "estimator='gradient' uses the stock gradient of Gaussian sites alone, and the guide has "
@@ -169,7 +173,9 @@ class BLR(numpyro.optim._NumPyroOptim):
         def start(params: dict[str, Any]) -> State:
             loc, scales = gather(layout, params)
             precision = family.from_scales(layout.blocks, scales, UNLEARNED_SCALE, like=loc)
-            start = loc if self.learning_rate is not None else beside(loc, precision, layout.blocks)
+            start = loc
+            if self.learning_rate is None:
+                start = jnp.where(layout.bare, loc, beside(loc, precision, layout.blocks))
             return init(start, precision, _recycled.init(loc, scales, self.num_draws // 2) if recycles else None)
 
         return start(dict(params))

@@ -140,7 +140,7 @@ def _targets(svi: SVI, opt_state: Any, args: tuple, kwargs: Any, num_draws: int,
             runs = draws._replace(members=weighed)
             hessians, _, gradients, *_ = hessians_at(objective, loc, scales, others, runs, layout.blocks)
             gradient, hessian = gradients.mean(0), hessians.mean(0)
-            for site in layout.sites:
+            for site in (site for site in layout.sites if not site.bare):
                 result[site.name] = _gaussian(site.block, loc, gradient, hessian)
         return {name: -natural / svi.optim.temperature for name, natural in result.items()}
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -57,7 +58,7 @@ class Site:
     """A Gaussian sample site of the guide whose arrays are parameters.
 
     Attributes:
-        name: of the sample site.
+        name: of the sample site, or of the parameter where it belongs to none and is a point of its own.
         loc: name of the location parameter.
         scale: names of the parameters of the scale: none where the covariance is not a parameter of its own, one, or
             the two whose product (rows scaled by the first) is the `scale_tril` of AutoMultivariateNormal.
@@ -70,6 +71,11 @@ class Site:
     scale: tuple[str, ...]
     block: Block
     family: type[Any] | None = None
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is a parameter of no sample site."""
+        return self.name == self.loc
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,11 @@ class Layout:
     def blocks(self) -> tuple[Block, ...]:
         return tuple(site.block for site in self.sites)
 
+    @property
+    def bare(self) -> np.ndarray:
+        """Which coordinates are parameters of no sample site, [D]."""
+        return np.repeat([site.bare for site in self.sites], [site.block.size for site in self.sites])
+
     def covers(self, params: Iterable[Tensor]) -> bool:
         """Whether this is still the layout of the parameters of a step."""
         known = {id(tensor) for tensor in (*self.tensors.values(), *self.others.values())}
@@ -137,13 +148,15 @@ def recognise(
     learned_scales_only: bool,
     rule: str = "BLR",
     alone: bool = True,
+    points: int = 0,
 ) -> Layout:
     """The sites of `svi.guide` that are members of exponential families and the parameters that feed them.
 
     A parameter feeds an array if a random value given to the parameter comes back as that array, all of it or the
     rows of a subsampled plate, or as its exp or softplus where it is to be a scale. Other derived arrays (a neural
-    network's output) do not come back and are left to the other optimizer. Messages call the optimizer `rule`; where
-    it is not `alone` with these sites, there may be none.
+    network's output) do not come back and are left to the other optimizer, or, where there are at most `points`
+    coordinates in all, are points beside the sites. Messages call the optimizer `rule`; where it is not `alone` with
+    these sites, there may be none.
     """
     params = [param for param in params if param.requires_grad]
     with _random_values(params), pyro.poutine.block(), Probe(params) as probe, undisturbed(), torch.no_grad():
@@ -196,10 +209,36 @@ def recognise(
         others=dict(sorted(others.items())),
         made=frozenset(made),
     )
+    layout = _with_points(layout, points)
     _report(layout, probe, rule, alone)
     if rule == "BLR":  # IVON has its own word for subsampled sites
         _check_plates(loss, layout, probe, learned_scales_only)
     return layout
+
+
+def _with_points(layout: Layout, most: int) -> Layout:
+    """With the parameters of no site as sites of no width, if the coordinates of all are at most so many."""
+    named, others = dict(pyro.get_param_store().named_parameters()), layout.others
+    start = sum(site.block.size for site in layout.sites)
+    fits = start + sum(tensor.numel() for tensor in others.values()) <= most
+    known = all(named.get(name) is tensor for name, tensor in others.items())
+    if not (layout.sites and fits and known) or layout.members:
+        return layout
+    if len({tensor.dtype for tensor in (*layout.tensors.values(), *others.values())}) > 1:
+        return layout  # one Gaussian has one precision of its numbers
+    points = []
+    for name, tensor in others.items():
+        block = Block(start=start, shape=tuple(tensor.shape), structure="point")
+        points.append(Site(name=name, loc=name, scale=(), block=block))
+        start = block.stop
+    stored = pyro.get_param_store()._constraints
+    return replace(
+        layout,
+        sites=(*layout.sites, *points),
+        tensors={**layout.tensors, **others},
+        constraints={**layout.constraints, **{name: stored.get(name, constraints.real) for name in others}},
+        others={},
+    )
 
 
 @contextmanager
@@ -521,7 +560,7 @@ def _described(fn: Any) -> str:
 
 
 def _check_plates(loss: Any, layout: Layout, probe: Probe, learned_scales_only: bool) -> None:
-    sites = [site.name for site in layout.sites]
+    sites = [site.name for site in layout.sites if not site.bare]
     local = [name for name in sites if subsampled(probe.samples[name])]
     local += [site for member in layout.members if member.local for site in member.sites]
     if local and loss.num_particles > 1 and not loss.vectorize_particles:

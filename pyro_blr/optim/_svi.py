@@ -59,6 +59,7 @@ __all__ = [
     "Turns",
     "calling_svi",
     "check_loss",
+    "check_not_read",
     "check_params",
     "evaluated_as",
     "frame_of",
@@ -68,6 +69,7 @@ __all__ = [
     "joint_noise",
     "objective_of",
     "recyclable",
+    "read_by_the_program",
     "report_skipped",
     "noise_of",
     "seen",
@@ -260,6 +262,31 @@ def objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout, seed: int)
         return loss, Extras(None, redraw.weight(loc), redraw.minibatch, redraw.coverage)
 
     return objective
+
+
+def read_by_the_program(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> set[str]:
+    """The parameters of sites that the loss depends on beside what `objective_of` gives it for them.
+
+    A parameter that the program asks for by `pyro.param` is given as a function of the Gaussian wherever it is used; a
+    module may read its own without asking.
+    """
+    objective, (loc, scales) = objective_of(svi, args, kwargs, layout, seed=0), gather(layout)
+    tensors = {name: layout.tensors[name] for site in layout.sites for name in (site.loc, *site.scale)}
+    with torch.enable_grad():
+        loss, _ = objective(loc.detach().requires_grad_(), scales, None, Draws(0, 1.0, None))
+        gradients = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+    return {name for name, slope in zip(tensors, gradients, strict=True) if slope is not None and slope.any()}
+
+
+def check_not_read(names: set[str]) -> None:
+    """E_q[∇ℓ(z)] is the gradient only where the loss knows the parameters of a site by its draw and its density."""
+    if names:
+        raise ValueError(
+            f"BLR expected the parameters {', '.join(sorted(names))} to act on the loss by the draws of their site "
+            "alone, and the model reads them itself, as the variational models of pyro.contrib.gp do. Use "
+            "BLR(learning_rate=0.1, estimator='gradient'), which takes the gradient of the whole loss, or "
+            "pyro.optim.Adam."
+        )
 
 
 def recyclable(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> bool:

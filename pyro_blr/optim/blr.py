@@ -115,8 +115,10 @@ class BLR(pyro.optim.PyroOptim):
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
             most: a step begins with one pair. Not used by `estimator="gradient"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q). 1 is Bayes.
-        others: optimizer of the parameters that belong to no recognised site, a `pyro.optim.PyroOptim`;
-            `pyro.optim.Adam({"lr": 0.01})` if None. They get their gradient from the host's own backward pass.
+        others: optimizer of the parameters that belong to no recognised site, a `pyro.optim.PyroOptim`. They get their
+            gradient from the host's own backward pass. None: with up to 256 coordinates in all, and no `learning_rate`,
+            they are points beside the sites and take their steps, which are Newton's; otherwise
+            `pyro.optim.Adam({"lr": 0.01})`.
 
     Raises:
         TypeError, ValueError: at construction for arguments out of range; at the first `svi.step` for a loss that is
@@ -146,6 +148,8 @@ class BLR(pyro.optim.PyroOptim):
         self.num_draws = _options.checked_num_draws(num_draws)
         self.temperature = _options.checked_temperature(temperature)
         self.others = _svi.host_optimizer(others)
+        alone = others is None and learning_rate is None and estimator in ("auto", "hessian")
+        self._most_points = MAX_DENSE_DIMENSION if alone else 0
         self.state: OptState | None = None
         self.compile: bool | str = False  # True, "auto" or "inductor": steps on the loss traced once (`_traced.py`)
         self._tracer = Tracer()
@@ -154,12 +158,20 @@ class BLR(pyro.optim.PyroOptim):
         self._seen: tuple[Any, ...] = ()
         self._loaded: dict[str, Any] = {}
 
-    def init(self, svi: SVI, args: tuple, kwargs: dict, params: list[Tensor]) -> OptState:
+    def init(self, svi: SVI, args: tuple, kwargs: dict, params: list[Tensor], points: int = 0) -> OptState:
         """The state for the parameters of `svi.guide` as they are now, or the one that was loaded for them."""
         _svi.check_params(params)
         loss = _svi.check_loss(svi)
-        layout = recognise(svi, loss, args, kwargs, params, learned_scales_only=self.estimator == "gradient")
-        if layout.members and self.estimator == "gradient":
+        gradient_only = self.estimator == "gradient"
+        recognised = partial(recognise, svi, loss, args, kwargs, params, learned_scales_only=gradient_only)
+        layout = recognised(points=points)
+        if layout.sites and not (layout.members or gradient_only):
+            read = _svi.read_by_the_program(svi, args, kwargs, layout)
+            if read and any(site.bare for site in layout.sites):  # modules, whose own optimizer moves them
+                layout = recognised()
+                read &= set(layout.tensors)
+            _svi.check_not_read(read)
+        if layout.members and gradient_only:
             raise ValueError(
                 "estimator='gradient' uses the stock gradient of Gaussian sites alone, and the guide has "
                 f"{', '.join(member.name for member in layout.members)} of other families. Use the default estimator."
@@ -191,7 +203,10 @@ class BLR(pyro.optim.PyroOptim):
         recycles = (
             family is DensePrecision and self.learning_rate is None and _svi.recyclable(svi, args, kwargs, layout)
         )
-        start = loc if self.learning_rate is not None else beside(loc, precision, layout.blocks)
+        start = loc
+        if self.learning_rate is None:
+            bare = torch.as_tensor(layout.bare, device=loc.device)
+            start = torch.where(bare, loc, beside(loc, precision, layout.blocks))
         return init(start, precision, _recycled.init(loc, scales, self.num_draws // 2) if recycles else None)
 
     def _needs_differences(self, svi: SVI, args: tuple, kwargs: dict, state: OptState) -> bool:
@@ -250,7 +265,9 @@ class BLR(pyro.optim.PyroOptim):
         self._turns.take(svi, "BLR")
         state = self.state
         if state is None or not state.layout.covers(params):
-            fresh = self.init(svi, model_args, model_kwargs, params)
+            # without points so far, a parameter that appears later is left to `others`, and the Gaussian goes on
+            none = state is not None and not any(site.bare for site in state.layout.sites)
+            fresh = self.init(svi, model_args, model_kwargs, params, points=0 if none else self._most_points)
             # a parameter of the model that appears later does not start the sites anew
             keep = state is not None and state.layout.same_sites(fresh.layout)
             state = replace(state, layout=fresh.layout, roles=fresh.roles) if state is not None and keep else fresh

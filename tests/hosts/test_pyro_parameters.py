@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
 torch = pytest.importorskip("torch")
 pyro = pytest.importorskip("pyro")
+import pyro.contrib.gp as gp  # noqa: E402
 from pyro import distributions as dist  # noqa: E402
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO  # noqa: E402
 from pyro.infer.autoguide import AutoNormal  # noqa: E402
@@ -208,9 +211,47 @@ def test_others_descend_the_hosts_loss():
 @pytest.mark.parametrize("others", [None, {"lr": 0.02, "betas": (0.5, 0.9)}], ids=["by default", "given"])
 def test_others_take_the_step_of_stock_adam_from_the_same_backward_pass(others):
     ends = []
-    for optimizer in (pyro.optim.Adam(others or {"lr": 0.01}), BLR(others=others and pyro.optim.Adam(others))):
+    for optimizer in (pyro.optim.Adam(others or {"lr": 0.01}), BLR(1.0, others=others and pyro.optim.Adam(others))):
         pyro.clear_param_store()
         pyro.set_rng_seed(3)
         SVI(empirical_bayes, scalar_guide, optimizer, Trace_ELBO()).step()
         ends.append(stored()["theta"])
     assert ends[0] == ends[1] != 1.0
+
+
+def test_parameters_that_the_model_reads_itself_are_refused():
+    """Without a word, E_q[∇ℓ] would leave q at the prior: the likelihood knows m and C, and not the draw."""
+    inputs = torch.linspace(-2.0, 2.0, 6)
+    kernel = gp.kernels.RBF(1)
+    model = gp.models.VariationalGP(inputs, (inputs > 0).double(), kernel, gp.likelihoods.Binary(), whiten=True)
+    for parameter in kernel.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"parameters f_loc.* reads them itself.*estimator='gradient'"):
+        SVI(model.model, model.guide, BLR(), Trace_ELBO()).step()
+    pyro.clear_param_store()
+    SVI(model.model, model.guide, BLR(0.1, estimator="gradient"), Trace_ELBO()).step()
+    assert abs(model.f_loc.detach().numpy()).max() > 0.01
+
+
+def test_the_weights_of_a_module_that_are_no_parameters_of_pyro_are_left_to_others():
+    """A module reads its own weights without asking; as points they would never move."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(2, 1)
+    x, y = torch.randn(20, 2), torch.randn(20)
+
+    class Model(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self):
+            scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(self.net(x).squeeze(-1), scale).to_event(1), obs=y)
+
+    model = Model()
+    before = net.weight.detach().clone()
+    svi = make_svi(model, AutoNormal(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(svi, 2)
+    assert (net.weight != before).all()

@@ -131,6 +131,56 @@ def test_a_computed_scale_is_left_to_the_other_optimizer(backend):
     assert_allclose(np.abs(fit.params["root"] - 0.7), 0.01, rtol=1e-6)
 
 
+def test_a_parameter_of_no_site_is_a_point_beside_the_sites(backend):
+    """−log p is quadratic in (z, center), so one step is exact: the evidence N(y | center, 1.25) is largest at y."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit = backend.start(model_with_parameter, normal, (1.5,)).run(1)
+    assert_allclose(fit.params["center"], 1.5, rtol=1e-12)
+    loc, covariance = fit.gaussians()["z"]
+    assert_allclose([loc.item(), covariance.item()], [1.5, 0.2], rtol=1e-12)
+
+
+def test_a_scale_of_the_prior_is_found_where_adam_has_hardly_begun(backend):
+    """z_i ~ N(0, τ), y_i ~ N(z_i, 1): the evidence N(y_i | 0, 1 + τ²) is largest at τ² = mean(y²) − 1."""
+
+    def make_model(host):
+        def model(y):
+            tau = host.param("tau", host.array(5.0), constraint=host.constraints.positive)
+            with host.plate("rows", 12):
+                z = host.sample("z", host.dist.Normal(0.0, tau))
+                host.sample("y", host.dist.Normal(z, 1.0), obs=y)
+
+        return model
+
+    y = 2 * np.random.default_rng(0).normal(size=12)
+    fit = backend.start(make_model, lambda host, model: host.autoguide.AutoNormal(model), (y,)).run(40)
+
+    def evidence(variance):
+        return -(np.log(variance) + y**2 / variance).sum() / 2
+
+    assert evidence(1 + fit.params["tau"] ** 2) > evidence((y**2).mean()) - 0.1
+    assert evidence(1 + 5.0**2) < evidence((y**2).mean()) - 8, "where it began"
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [(300, {}), (3, {"learning_rate": 0.5}), (3, {"others": "given"})],
+    ids=["many", "rate", "others"],
+)
+def test_many_parameters_of_no_site_and_those_of_a_given_optimizer_are_no_points(backend, size, options):
+    def make_model(host):
+        def model(y):
+            weights = host.param("weights", host.array(np.full(size, 0.1)))
+            z = host.sample("z", host.dist.Normal(weights.sum() / size, 1.0))
+            host.sample("y", host.dist.Normal(z, 0.5), obs=y)
+
+        return model
+
+    options = {key: backend.gradient_descent(0.01) if value == "given" else value for key, value in options.items()}
+    start_warned(backend, "weights", make_model, normal, **options)
+
+
 @pytest.mark.parametrize("options", [{}, {"learning_rate": 1.0}], ids=["automatic", "rate 1"])
 @pytest.mark.parametrize("made", [exponential, softplus], ids=lambda made: made.__name__)
 def test_a_scale_that_the_guide_makes_by_exp_or_softplus_is_the_gaussians(backend, made, options):
@@ -150,7 +200,7 @@ def test_a_scale_that_the_guide_makes_by_exp_or_softplus_is_the_gaussians(backen
 
 
 def test_an_unused_parameter_stays(backend):
-    fit = quietly(start_warned(backend, "unused", model_of_one, unused_parameter), 3)
+    fit = quietly(backend.start(model_of_one, unused_parameter, (1.5,)), 4)
     assert_array_equal(fit.params["unused"], [1.0, 2.0])
     ((loc, covariance),) = fit.gaussians().values()
     assert_allclose([loc.item(), covariance.item()], [1.2, 0.2], rtol=1e-12)
