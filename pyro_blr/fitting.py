@@ -61,7 +61,7 @@ class Check:
         residual: r²; `error` is V.
         rate: ρ of the last step that was taken.
         effective: draws that recycled ones are worth.
-        scale_cost: nats that noise of the scales costs, as V/2 is what that of the mean does.
+        noise_cost: nats that noise of the mean and of the scales costs, where draws are recycled.
         curvature: the smallest eigenvalue of S⁻¹ Ĥ, 1 where the rule is at rest.
         creep: nats that a drift of the mean gained over the last quarter of the steps; 0 where it only went to and fro.
         drift: by how much the parameters of other optimizers moved on, over their spread, between two thirds of the
@@ -75,7 +75,7 @@ class Check:
     error: float = math.nan
     rate: float = math.nan
     effective: float = math.nan
-    scale_cost: float = math.nan
+    noise_cost: float = math.nan
     curvature: float = math.nan
     creep: float = math.nan
     drift: float = math.nan
@@ -214,6 +214,11 @@ def _missing(check: Check, basis: str, tolerance: float) -> str:
     gain, cost = check.residual / 2, _cost_of_noise(check, basis)
     if not (check.residual < _rate.NOISE_RATIO * check.error or gain < tolerance / 10):
         return f"a full step would still gain about {gain:.2g} nat at step {check.step}, beyond its Monte Carlo error"
+    if check.curvature < MIN_CURVATURE:
+        return (
+            f"in some direction the expected curvature was {check.curvature:.2g} of the precision at step "
+            f"{check.step}: a saddle, or a direction in which nothing holds the posterior"
+        )
     if not cost < tolerance:
         return f"Monte Carlo noise still cost about {cost:.2g} nat at step {check.step}, more than the tolerance"
     if basis == "recycled" and not check.effective >= MIN_EFFECTIVE:
@@ -223,18 +228,13 @@ def _missing(check: Check, basis: str, tolerance: float) -> str:
             f"the mean still drifted at step {check.step}, slowly and in one direction: over the last quarter of the "
             f"steps that gained about {check.creep:.1g} nat"
         )
-    if check.curvature < MIN_CURVATURE:
-        return (
-            f"in some direction the expected curvature was {check.curvature:.2g} of the precision at step "
-            f"{check.step}: a saddle, or a direction in which nothing holds the posterior"
-        )
     return ""
 
 
 def _cost_of_noise(check: Check, basis: str) -> float:
     """c V/2, and of recycled draws, at c = 1, with what noise of the scales costs."""
     if basis == "recycled":
-        return check.error / 2 + check.scale_cost
+        return check.noise_cost
     return check.error / 2 * check.rate / (2 - check.rate)
 
 
@@ -403,14 +403,14 @@ def _show(bar: Any, num_steps: int, check: Check) -> None:
 
 
 class _AtEnd(NamedTuple):
-    """What the recycled draws say of the last state: the ELBO, n, what noise of the scales costs, Ĥ [D, D], ĝ [D], and
+    """What the recycled draws say of the last state: the ELBO, n, what noise costs, Ĥ [D, D], ĝ [D], and
     its deviation by pair [K, D].
     """
 
     elbo: float
     elbo_error: float
     effective: float
-    scale_cost: float
+    noise_cost: float
     hessian: Tensor
     gradient: Tensor
     deviations: Tensor
@@ -424,8 +424,8 @@ def _at_end(opt_state: OptState) -> _AtEnd | None:
     estimate = recycled.moments(gaussian.recycling.pool, blocks, gaussian.loc, scales)
     elbo, elbo_error = recycled.elbo(gaussian.recycling.pool, estimate.weights, blocks, gaussian.loc, scales)
     deviations = estimate.deviations.sum(1)
-    scale_cost = recycled.scale_cost(gaussian.recycling.pool, estimate, blocks, scales)
-    return _AtEnd(elbo, elbo_error, estimate.effective, scale_cost, estimate.hessian, estimate.gradient, deviations)
+    noise_cost = recycled.noise_cost(gaussian.recycling.pool, estimate, blocks, gaussian.precision)
+    return _AtEnd(elbo, elbo_error, estimate.effective, noise_cost, estimate.hessian, estimate.gradient, deviations)
 
 
 def _compiled(optimizer: BLR, compile: bool | str) -> str:
@@ -464,7 +464,7 @@ def _no_weights(svi: SVI, opt_state: OptState, minibatch: bool) -> str:
         return "TraceEnum_ELBO sums sites out that the guide does not draw"
     if svi.optim.temperature != 1:
         return "at a temperature other than 1 the guide is not meant for the posterior"
-    if any(block.structure == "point" for block in opt_state.layout.blocks):
+    if any(site.block.structure == "point" and not site.bare for site in opt_state.layout.sites):
         return "a point has no density"
     return ""
 
@@ -500,9 +500,9 @@ def _check(
         elbo_error *= math.sqrt(effective / (effective - 2))  # of n/2 pairs
         precision: Any = gaussian.precision  # type: ignore[union-attr]
         curvature = _least_curvature(_numpy(precision.matrix), _numpy(at_end.hessian))
-        scale_cost = float(at_end.scale_cost)
+        noise_cost = float(at_end.noise_cost)
         elbo, elbo_error = temperature * elbo, temperature * elbo_error
-        return Check(steps, elbo, elbo_error, residual, error, rate, effective, scale_cost, curvature)
+        return Check(steps, elbo, elbo_error, residual, error, rate, effective, noise_cost, curvature)
     if basis == "exact":
         return Check(steps, -float(losses[-1]), 0.0, rate=rate)
     mean, elbo_error = _mean_and_error(losses[-max(2, steps // 3) :])

@@ -41,7 +41,7 @@ __all__ = [
     "emptied",
     "init",
     "moments",
-    "scale_cost",
+    "noise_cost",
     "scaled",
     "squared_error",
     "standardized",
@@ -49,6 +49,7 @@ __all__ = [
 
 REGULAR, MAX_SHIFT = 2.0, 0.25
 FORGOTTEN = 4  # of a full pool, one pair in so many
+FRAMES = 4  # from which on their spread is known
 
 
 @jax.tree_util.register_dataclass
@@ -62,6 +63,7 @@ class Pool:
         log_mixture: log Σ_k q_k(z_j) up to a constant, [K, 2].
         locs: m_k, [K, D].
         whiteners: C_k⁻¹, [K, D, D], or its diagonal, [K, D], where all blocks are diagonal.
+        numbers: of each pair among all so far, [K]; D in a row are a frame (`orthogonal.py`).
         count: pairs that are there, in the first rows.
     """
 
@@ -72,6 +74,7 @@ class Pool:
     log_mixture: Array
     locs: Array
     whiteners: Array
+    numbers: Array
     count: Array
 
 
@@ -104,6 +107,7 @@ def init(num_pairs: int, loc: Array, scales: tuple[Any, ...]) -> Pool:
         log_mixture=jnp.full((num_pairs, 2), -jnp.inf, dtype),
         locs=jnp.zeros((num_pairs, size), dtype),
         whiteners=jnp.ones((num_pairs, size) if _mean_field(scales, size) else (num_pairs, size, size), dtype),
+        numbers=jnp.full(num_pairs, -1, jnp.int32),
         count=jnp.zeros((), jnp.int32),
     )
 
@@ -150,6 +154,7 @@ def _with_pair(
         log_mixture=jnp.logaddexp(pool.log_mixture, log_density(blocks, loc, scales, pool.points)),
         locs=written(pool.locs, loc),
         whiteners=written(pool.whiteners, whitener),
+        numbers=written(pool.numbers, pool.numbers.max() + 1),
         count=row + 1,
     )
 
@@ -223,15 +228,26 @@ def squared_error(moments: Moments, precision: Precision) -> Array:
     return jnp.where(num_pairs > 1, spread * num_pairs / jnp.maximum(num_pairs - 1, 0.5), 0)
 
 
-def scale_cost(pool: Pool, moments: Moments, blocks: tuple[Block, ...], scales: tuple[Any, ...]) -> Array:
-    """¼ E‖Cᵀ (Ĥ − E_q[H]) C‖² within the blocks: nats that noise of the scales costs, from the spread over pairs."""
-    groups = _groups(blocks)
+def noise_cost(pool: Pool, moments: Moments, blocks: tuple[Block, ...], precision: Precision) -> Array:
+    """V/2 + ¼ E‖Cᵀ (Ĥ − E_q[H]) C‖² within the blocks: nats that noise of the mean and of the scales costs.
+
+    Both from the spread over frames of D pairs, which is less than that over pairs where they are at right angles; over
+    pairs where there are fewer than four frames.
+    """
+    groups, scales = _groups(blocks), tuple(precision.scale(block) for block in blocks)
     factor = scaled(blocks, scales, jnp.eye(len(groups), dtype=pool.points.dtype)).T
-    deviations = jnp.einsum("kj,kjab->kab", moments.weights, pool.hessians)
-    deviations -= moments.weights.sum(1)[:, None, None] * moments.hessian
-    whitened = jnp.where(groups[:, None] == groups, factor.T @ deviations @ factor, 0)
+    hessians = jnp.einsum("kj,kjab->kab", moments.weights, pool.hessians)
+    hessians -= moments.weights.sum(1)[:, None, None] * moments.hessian
+    whitened = jnp.where(groups[:, None] == groups, factor.T @ hessians @ factor, 0).reshape(len(hessians), -1)
+    gradients = moments.deviations.sum(1)
+    products = gradients @ precision.solve(gradients).T / 2 + whitened @ whitened.T / 4  # of two pairs
+    frames, shares = pool.numbers // len(groups), moments.weights.sum(1)
+    same = frames[:, None] == frames
+    num_frames = 1 / jnp.where(same, jnp.outer(shares, shares), 0).sum()
     num_pairs = moments.effective / 2
-    return (whitened**2).sum() / 4 * num_pairs / jnp.maximum(num_pairs - 1, 0.5)
+    by_pair = jnp.trace(products) * num_pairs / jnp.maximum(num_pairs - 1, 0.5)
+    by_frame = jnp.where(same, products, 0).sum() * num_frames / jnp.maximum(num_frames - 1, 0.5)
+    return jnp.where(num_frames >= FRAMES, by_frame, by_pair)
 
 
 def elbo(

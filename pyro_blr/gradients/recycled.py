@@ -41,7 +41,7 @@ __all__ = [
     "emptied",
     "init",
     "moments",
-    "scale_cost",
+    "noise_cost",
     "scaled",
     "squared_error",
     "standardized",
@@ -49,6 +49,7 @@ __all__ = [
 
 REGULAR, MAX_SHIFT = 2.0, 0.25
 FORGOTTEN = 4  # of a full pool, one pair in so many
+FRAMES = 4  # from which on their spread is known
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Pool:
         values: ℓ(z_j) up to a constant, [K, 2]; `gradients` [K, 2, D] and `hessians` [K, 2, D, D] are its derivatives.
         log_mixture: log Σ_k q_k(z_j) up to a constant, [K, 2].
         locs, scales: m_k [K, D] and C_k of each block [K, ...].
+        numbers: of each pair among all so far, [K]; D in a row are a frame (`orthogonal.py`).
         capacity: pairs that there is room for.
     """
 
@@ -70,6 +72,7 @@ class Pool:
     log_mixture: Tensor
     locs: Tensor
     scales: tuple[Tensor, ...]
+    numbers: Tensor
     capacity: int
 
     @property
@@ -107,6 +110,7 @@ def init(num_pairs: int, loc: Tensor, scales: tuple[Any, ...]) -> Pool:
         log_mixture=loc.new_zeros(0, 2),
         locs=loc.new_zeros(0, size),
         scales=tuple(scale.new_zeros(0, *scale.shape) for scale in scales),
+        numbers=torch.zeros(0, dtype=torch.int64, device=loc.device),
         capacity=num_pairs,
     )
 
@@ -141,6 +145,7 @@ def append(
     )
     under_each = log_density(blocks, locs[:, None], all_scales, points.reshape(-1, size).expand(len(locs), -1, size))
     old = _with_component(pool, blocks, loc, scales, num_pairs)
+    first = pool.numbers[-1] + 1 if pool.count else 0
     return Pool(
         points=torch.cat([pool.points, points]),
         values=torch.cat([pool.values, values]),
@@ -149,6 +154,7 @@ def append(
         log_mixture=torch.cat([old, under_each.logsumexp(0).view(-1, 2)]),
         locs=locs,
         scales=all_scales,
+        numbers=torch.cat([pool.numbers, first + torch.arange(num_pairs).to(pool.numbers)]),
         capacity=pool.capacity,
     )
 
@@ -199,15 +205,26 @@ def squared_error(moments: Moments, precision: Precision) -> float:
     return spread * num_pairs / max(num_pairs - 1, 0.5)
 
 
-def scale_cost(pool: Pool, moments: Moments, blocks: tuple[Block, ...], scales: tuple[Any, ...]) -> float:
-    """¼ E‖Cᵀ (Ĥ − E_q[H]) C‖² within the blocks: nats that noise of the scales costs, from the spread over pairs."""
-    groups = _groups(blocks).to(pool.points.device)
+def noise_cost(pool: Pool, moments: Moments, blocks: tuple[Block, ...], precision: Precision) -> float:
+    """V/2 + ¼ E‖Cᵀ (Ĥ − E_q[H]) C‖² within the blocks: nats that noise of the mean and of the scales costs.
+
+    Both from the spread over frames of D pairs, which is less than that over pairs where they are at right angles; over
+    pairs where there are fewer than four frames.
+    """
+    groups, scales = _groups(blocks).to(pool.points.device), tuple(precision.scale(block) for block in blocks)
     factor = scaled(blocks, scales, torch.eye(len(groups)).to(pool.points)).T
-    deviations = torch.einsum("kj,kjab->kab", moments.weights, pool.hessians)
-    deviations -= moments.weights.sum(1)[:, None, None] * moments.hessian
-    whitened = (factor.T @ deviations @ factor)[:, groups[:, None] == groups]
+    hessians = torch.einsum("kj,kjab->kab", moments.weights, pool.hessians)
+    hessians -= moments.weights.sum(1)[:, None, None] * moments.hessian
+    whitened = (factor.T @ hessians @ factor)[:, groups[:, None] == groups]
+    gradients = moments.deviations.sum(1)
+    products = gradients @ precision.solve(gradients).T / 2 + whitened @ whitened.T / 4  # of two pairs
+    frames, shares = pool.numbers // len(groups), moments.weights.sum(1)
+    same = frames[:, None] == frames
+    num_frames = 1 / float((same * torch.outer(shares, shares)).sum())
     num_pairs = moments.effective / 2
-    return float((whitened**2).sum()) / 4 * num_pairs / max(num_pairs - 1, 0.5)
+    if num_frames >= FRAMES:
+        return float((same * products).sum()) * num_frames / (num_frames - 1)
+    return float(products.trace()) * num_pairs / max(num_pairs - 1, 0.5)
 
 
 def elbo(
@@ -316,5 +333,6 @@ def _with_rows(pool: Pool, rows: Any) -> Pool:
         pool.log_mixture[rows],
         pool.locs[rows],
         tuple(scale[rows] for scale in pool.scales),
+        pool.numbers[rows],
         pool.capacity,
     )

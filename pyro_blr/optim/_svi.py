@@ -11,6 +11,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -143,7 +144,8 @@ def report_skipped(count: int, skipped: int, rule: str = "BLR") -> None:
             f"{rule}: {described}, so the guide is where it started. Start it elsewhere (`init_loc_fn`, for example "
             "init_to_value or init_to_median), or find the site with `pyro.enable_validation()`."
         )
-    warnings.warn(f"{rule}: {described}; they left the guide as it was.", stacklevel=4)
+    if skipped & (skipped - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...: a fit with many has no warning for each
+        warnings.warn(f"{rule}: {described}; they left the guide as it was.", stacklevel=4)
 
 
 def host_optimizer(others: Any, rule: str = "BLR") -> PyroOptim:
@@ -310,7 +312,7 @@ def traceable_objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout) 
     kind = evaluated_as(elbo)
 
     def objective(loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draw: Draws):
-        with undisturbed(0, loc.device), ItemsAreTensors(), Redraw(layout, loc, scales, draw, seed=0):
+        with undisturbed(0, loc.device), unchecked(), ItemsAreTensors(), Redraw(layout, loc, scales, draw, seed=0):
             pairs = kind._get_traces(elbo, svi.model, svi.guide, args, kwargs)
             if issubclass(kind, TraceEnum_ELBO):
                 losses = [-_compute_dice_elbo(*pair) for pair in pairs]
@@ -319,6 +321,17 @@ def traceable_objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout) 
         return sum(losses) / elbo.num_particles, Extras(None)
 
     return objective
+
+
+@contextmanager
+def unchecked():
+    """No distribution looks at the values that it is given, be it asked to when it was made, as `expand` does."""
+    check = torch.distributions.Distribution._validate_sample
+    torch.distributions.Distribution._validate_sample = lambda self, value: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution._validate_sample = check  # type: ignore[method-assign]
 
 
 class ItemsAreTensors(TorchFunctionMode):

@@ -545,7 +545,7 @@ def test_a_parameter_that_is_a_tree_belongs_to_others():
 
 def test_the_first_state_can_be_donated_where_others_are_updated():
     """As with stock Adam, whose state holds each buffer once: JAX refuses to donate a buffer twice."""
-    svi = SVI(empirical_bayes, scalar_guide, BLR(), Trace_ELBO())
+    svi = SVI(empirical_bayes, scalar_guide, BLR(0.5), Trace_ELBO())
     with pytest.warns(UserWarning, match="parameters theta belong"):
         state = svi.init(jax.random.key(0), 2.0)
     expected = jax.tree.map(jnp.negative, state.optim_state)

@@ -178,13 +178,15 @@ def test_a_schedule_is_checked_at_every_step():
         svi.step()
 
 
-def test_steps_that_are_not_finite_warn_one_by_one_and_raise_when_there_is_nothing_else():
+def test_steps_that_are_not_finite_warn_ever_more_rarely_and_raise_when_there_is_nothing_else():
     svi = make_svi(broken, broken_guide)
     for count in range(1, 10):
-        with pytest.warns(UserWarning) as caught:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             svi.step()
         messages = [str(warning.message) for warning in caught]
-        assert any(f"BLR: {count} of {count} steps had a loss or gradient" in message for message in messages)
+        said = any(f"BLR: {count} of {count} steps had a loss or gradient" in message for message in messages)
+        assert said == (count in (1, 2, 4, 8))
         assert stored()["loc"] == 0.5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

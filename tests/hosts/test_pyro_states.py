@@ -81,7 +81,7 @@ def test_the_other_optimizer_is_resumed_as_well():
         pyro.sample("y", dist.Normal(z, 0.5), obs=torch.tensor(1.5))
 
     with pytest.warns(UserWarning, match="the parameters center belong"):
-        svi = make_svi(with_center, AutoNormal(with_center))
+        svi = make_svi(with_center, AutoNormal(with_center), learning_rate=0.5)
         run(svi, 5)
     parameters, state, random_state = pyro.get_param_store().get_state(), svi.optim.get_state(), torch.get_rng_state()
     values = {name: value.detach().clone() for name, value in parameters["params"].items()}
@@ -91,7 +91,7 @@ def test_the_other_optimizer_is_resumed_as_well():
 
     for name, parameter in pyro.get_param_store().named_parameters():
         parameter.data.copy_(values[name])
-    later = SVI(with_center, svi.guide, BLR(), Trace_ELBO())
+    later = SVI(with_center, svi.guide, BLR(0.5), Trace_ELBO())
     later.optim.set_state(state)
     torch.set_rng_state(random_state)
     with pytest.warns(UserWarning, match="the parameters center belong"):

@@ -315,6 +315,16 @@ def test_data_are_inputs_and_other_shapes_and_numbers_are_traced_anew():
     check_same(found.params, after_all(False).params)
 
 
+def test_a_prior_that_was_expanded_outside_of_the_model_is_traced():
+    """`expand` keeps the validation of the moment: its look at a value was taken for a path that depends on one."""
+    prior = dist.Normal(0.0, 3.0).expand([2]).to_event(1)
+
+    def model(y):
+        pyro.sample("y", dist.StudentT(4.0, pyro.sample("z", prior).sum(), 1.0).expand([len(y)]).to_event(1), obs=y)
+
+    check_same(fit(model, tensors(NOISE), compile=True).params, fit(model, tensors(NOISE), compile=False).params)
+
+
 @pytest.mark.parametrize("num_pairs", [1, 2], ids=["a program", "no program yet"])
 def test_data_from_which_other_shapes_follow_are_evaluated_by_the_host(num_pairs):
     def model(y):
@@ -465,9 +475,10 @@ def test_true_says_what_was_expected_what_came_and_the_way_out(model, options, r
         fit(model, args, compile=True, num_steps=1, **options)
 
 
-def test_other_parameters_are_not_traced():
+def test_points_are_traced_and_parameters_of_other_optimizers_are_not():
+    check_same(*(fit(with_parameter, tensors(NOISE), compile=compile).params for compile in (True, False)))
     with pytest.warns(UserWarning, match="shift"):
-        found = fit(with_parameter, tensors(NOISE), compile="auto", advance=(True,), num_steps=2)
+        found = fit(with_parameter, tensors(NOISE), compile="auto", advance=(True,), num_steps=2, learning_rate=0.5)
     assert "shift belong to no site" in found.optimizer.traced_reason
 
 
