@@ -25,7 +25,7 @@ from jax import Array
 
 from ..families import Natural, NormalNatural
 from ..gradients.sigma_points import matched_gradient, signs_of
-from ._layout import Member
+from ._layout import Member, check_not_traced
 from ._sweep import Role
 
 __all__ = ["are_jointly_quadratic", "find_roles"]
@@ -73,11 +73,7 @@ def find_roles(
         return jnp.asarray(holds), jnp.asarray(meets)
 
     at_bases = [verdicts(dict(naturals), jnp.asarray(base)) for base in range(NUM_BASES)]
-    if any(isinstance(array, jax.core.Tracer) for array in at_bases[0]):
-        raise TypeError(
-            "how the sites of an exponential-family guide take part is found by evaluating the loss: call `svi.init` "
-            "(or `svi.run`) outside jit, vmap and scan. `svi.update` runs inside them."
-        )
+    check_not_traced(at_bases[0])
     holds = np.all([holds for holds, _ in at_bases], axis=0)
     meets = np.any([meets for _, meets in at_bases], axis=0)
     found: dict[str, Role] = {}

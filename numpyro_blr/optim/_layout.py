@@ -31,6 +31,7 @@ __all__ = [
     "Layout",
     "Member",
     "Site",
+    "check_not_traced",
     "gather",
     "gather_members",
     "joined",
@@ -240,6 +241,7 @@ def _probe(
     probes: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, Natural):
+            check_not_traced(value)
             probes[name] = value.widened(generator.uniform(0.5, 1.0))
         elif isinstance(value, jax.Array):
             probes[name] = generator.normal(scale=0.1, size=value.shape).astype(value.dtype)
@@ -247,6 +249,14 @@ def _probe(
     with block():
         compiled = jax.jit(run).lower(probes).compile()
     return messages, *compiled(probes)
+
+
+def check_not_traced(arrays: Any) -> None:
+    if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(arrays)):
+        raise TypeError(
+            "how the sites of an exponential-family guide take part is found by evaluating the loss: call `svi.init` "
+            "(or `svi.run`) outside jit, vmap and scan. `svi.update` runs inside them."
+        )
 
 
 def _has_family(base: Any) -> bool:
@@ -513,7 +523,8 @@ def _report(layout: Layout, guide_trace: dict, params: Mapping[str, Any], rule: 
         described = ", ".join(f"'{name}': {_described(fn)}" for name, fn in sites.items()) or "no site at all"
         sites_of_rule, guides_of_rule = WANTED[rule]
         raise ValueError(
-            f"{rule} expected a guide with {sites_of_rule} whose parameters are parameters; the guide has {described}. "
+            f"{rule} expected a guide with {sites_of_rule} whose parameters are parameters of their own, not "
+            f"slices or functions of some; the guide has {described}. "
             f"Use {guides_of_rule}, or numpyro.optim.Adam for this guide."
         )
     others = [name for name in layout.others if jax.tree.leaves(params[name])]  # a module's shapes alone need no one

@@ -542,7 +542,8 @@ def _report(layout: Layout, probe: Probe, rule: str, alone: bool) -> None:
         described = ", ".join(f"'{name}': {_described(fn)}" for name, fn in sites.items()) or "no site at all"
         sites_of_rule, guides_of_rule = WANTED[rule]
         raise ValueError(
-            f"{rule} expected a guide with {sites_of_rule} whose parameters are parameters; the guide has {described}. "
+            f"{rule} expected a guide with {sites_of_rule} whose parameters are parameters of their own, not "
+            f"slices or functions of some; the guide has {described}. "
             f"Use {guides_of_rule}, or pyro.optim.Adam for this guide."
         )
     if layout.others:

@@ -439,6 +439,19 @@ def test_the_state_of_another_optimizer_is_refused():
         svi.run(jax.random.key(0), 2, progress_bar=False, init_state=result.state)
 
 
+@pytest.mark.parametrize("guide", ["automatic", "by hand"])
+def test_a_start_of_families_within_a_transformation_is_refused(guide):
+    def model(counts):
+        numpyro.sample("counts", dist.Poisson(numpyro.sample("rate", dist.Gamma(2.0, 0.5))), obs=counts)
+
+    def by_hand(counts):
+        numpyro.sample("rate", dist.Gamma(positive("shape", 2.0), positive("rate_of_it", 1.0)))
+
+    svi = SVI(model, AutoExponentialFamily(model) if guide == "automatic" else by_hand, BLR(), Trace_ELBO())
+    with pytest.raises(TypeError, match=r"call `svi.init` .*outside jit, vmap and scan"):
+        jax.jit(svi.init)(jax.random.key(0), jnp.array(3.0))
+
+
 def test_a_start_outside_of_svi_is_refused():
     with pytest.raises(RuntimeError, match=r"initialised by SVI.init.*SVI\(model, guide, BLR\(\), loss\)"):
         BLR().init({"loc": jnp.zeros(2)})
