@@ -172,7 +172,9 @@ def recognise(
     claimed = {param for site in sites for param in (site.loc, site.scale)}
     claimed |= {param for member in members for param in member.params}
     others = tuple(name for name in params if name not in claimed and not _is_empty(params[name]))
-    layout = _with_points(Layout(tuple(sites), tuple(members), others), params, points)
+    layout = Layout(tuple(sites), tuple(members), others)
+    if sites or not arrays:  # with maximum likelihood, the guide has no site at all
+        layout = _with_points(layout, params, points)
     _report(layout, guide_trace, params, rule)
     if rule == "BLR":  # IVON has its own word for subsampled sites
         _check_plates(svi, layout, guide_trace)
@@ -184,7 +186,7 @@ def _with_points(layout: Layout, params: Mapping[str, Any], most: int) -> Layout
     arrays = {name: params[name] for name in layout.others if isinstance(params[name], jax.Array)}
     start = sum(site.block.size for site in layout.sites)
     fits = start + sum(array.size for array in arrays.values()) <= most
-    if not (layout.sites and fits) or layout.members or len(arrays) < len(layout.others):
+    if not fits or layout.members or len(arrays) < len(layout.others):
         return layout
     if len({params[site.loc].dtype for site in layout.sites} | {array.dtype for array in arrays.values()}) > 1:
         return layout  # one Gaussian has one precision of its numbers

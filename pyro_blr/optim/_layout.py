@@ -209,7 +209,8 @@ def recognise(
         others=dict(sorted(others.items())),
         made=frozenset(made),
     )
-    layout = _with_points(layout, points)
+    if sites or not probe.samples:  # with maximum likelihood, the guide has no site at all
+        layout = _with_points(layout, points)
     _report(layout, probe, rule, alone)
     if rule == "BLR":  # IVON has its own word for subsampled sites
         _check_plates(loss, layout, probe, learned_scales_only)
@@ -222,7 +223,7 @@ def _with_points(layout: Layout, most: int) -> Layout:
     start = sum(site.block.size for site in layout.sites)
     fits = start + sum(tensor.numel() for tensor in others.values()) <= most
     known = all(named.get(name) is tensor for name, tensor in others.items())
-    if not (layout.sites and fits and known) or layout.members:
+    if not (fits and known) or layout.members:
         return layout
     if len({tensor.dtype for tensor in (*layout.tensors.values(), *others.values())}) > 1:
         return layout  # one Gaussian has one precision of its numbers

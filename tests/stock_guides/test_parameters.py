@@ -163,6 +163,23 @@ def test_a_scale_of_the_prior_is_found_where_adam_has_hardly_begun(backend):
     assert evidence(1 + 5.0**2) < evidence((y**2).mean()) - 8, "where it began"
 
 
+def test_maximum_likelihood_is_newtons_method(backend):
+    """A guide without a site: the mean and the standard deviation of the data, to rounding."""
+
+    def make_model(host):
+        def model(y):
+            loc = host.param("loc", host.array(0.0))
+            scale = host.param("scale", host.array(1.0), constraint=host.constraints.positive)
+            with host.plate("rows", 9):
+                host.sample("y", host.dist.Normal(loc, scale), obs=y)
+
+        return model
+
+    y = 2 + 0.5 * np.random.default_rng(0).normal(size=9)
+    fit = backend.start(make_model, lambda host, model: lambda y: None, (y,)).run(15)
+    assert_allclose([fit.params["loc"], fit.params["scale"]], [y.mean(), y.std()], rtol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("size", "options"),
     [(300, {}), (3, {"learning_rate": 0.5}), (3, {"others": "given"})],
