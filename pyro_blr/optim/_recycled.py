@@ -51,7 +51,7 @@ from ._gaussian import State, all_finite, losses_at, scales_of, skipped
 __all__ = ["Recycling", "drawn", "init", "step"]
 
 MAX_NUMBERS = 2**22  # of the Hessians that are kept
-PAIRS_A_COORDINATE, MIN_PAIRS, MAX_PAIRS = 16, 64, 256
+MAX_PAIRS = 256
 COVERED, BEGUN = 8.0, 16
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
 SHORTEST = 0.1  # share of a step that was too long
@@ -79,9 +79,8 @@ class Recycling:
 
 
 def init(loc: Tensor, scales: tuple[Any, ...], max_pairs: int) -> Recycling:
-    """No draws yet, and room for 32 a coordinate, between 128 and 512; fewer, but 16, of over four million numbers."""
-    num_pairs = min(max(MIN_PAIRS, PAIRS_A_COORDINATE * len(loc)), MAX_PAIRS)
-    num_pairs = min(num_pairs, max(8, MAX_NUMBERS // (2 * len(loc) ** 2)))
+    """No draws yet, and room for 512, or as many as have four million numbers in their Hessians, but for 16."""
+    num_pairs = min(MAX_PAIRS, max(8, MAX_NUMBERS // (2 * len(loc) ** 2)))
     pool, frame = recycled.init(num_pairs, loc, scales), orthogonal.init(loc, max_pairs)
     return Recycling(pool=pool, frame=frame, num_pairs=1, digest=0, taken=False)
 
