@@ -230,7 +230,7 @@ def _missing(check: Check, basis: str, tolerance: float) -> str:
 
 
 def _cost_of_noise(check: Check, basis: str) -> float:
-    """c V/2, and of recycled draws, at c = 1, with what noise of the scales costs."""
+    """c V/2, c = ρ/(2 − ρ); of recycled draws what they say of mean and scales, which a rate does not average."""
     if basis == "recycled":
         return check.noise_cost
     return check.error / 2 * check.rate / (2 - check.rate)
@@ -401,8 +401,8 @@ def _show(bar: Any, num_steps: int, check: Check) -> None:
 
 
 class _AtEnd(NamedTuple):
-    """What the recycled draws say of the last state: the ELBO, n, what noise costs, Ĥ [D, D], ĝ [D], and
-    its deviation by pair [K, D].
+    """What the recycled draws say of the last state: the ELBO, n, what noise costs, Ĥ [D, D], ĝ [D], and its deviation
+    by pair [K, D].
     """
 
     elbo: Array

@@ -86,8 +86,8 @@ class Fit:
         gradient_evaluations: of the Gaussian; a Hessian counts as its number of rows, a Hessian-vector product as 2,
             a loss as 1.
         history: arrays with a number for each check: step, elbo, elbo_error, residual r², error V, rate ρ, effective
-            (draws that the recycled ones are worth), noise_cost (nats that noise costs), curvature (the
-            smallest eigenvalue of S⁻¹ Ĥ), creep (nats that a slow drift of the mean still gains), drift (of the
+            (draws that the recycled ones are worth), noise_cost (nats that noise costs), curvature (the smallest
+            eigenvalue of S⁻¹ Ĥ), creep (nats that a slow drift of the mean still gains), drift (of the
             parameters of other optimizers).
         pareto_k: k̂ from a few draws; NaN where it was not computed.
         no_weights: why p(D, z)/q(z) is not to be had; empty where it is.

@@ -153,3 +153,88 @@ def test_the_cost_of_noise_is_that_of_gradient_and_hessian_within_the_blocks(bac
     assert size == 1 or groups > 4
     expected = (each**2).sum() * groups / max(groups - 1, 0.5)
     assert_allclose(float(recycled.noise_cost(pool, found.moments, blocks, precision)), expected, rtol=1e-9)
+
+
+def test_a_gaussian_that_no_draw_is_near_is_not_covered(backend, random):
+    """However even the weights are: far away, or a million times as wide, every draw is as unlikely as the next."""
+    pool, blocks, recycled = pooled(backend, random, PARTS["diagonal"], CUBE, num_pairs=20)
+    for loc, scale in ((np.full(DIMENSION, 60.0), np.ones(DIMENSION)), (np.zeros(DIMENSION), np.full(DIMENSION, 1e6))):
+        assert estimate(backend, pool, blocks, recycled, loc, (scale,)).effective < 1e-3
+
+
+def test_the_average_over_pools_is_the_expectation(backend):
+    """On exp(z), whose moments are known, within five standard errors; the error bounds the spread."""
+    parts, rate = (Part(0, (1,), "diagonal"),), 0.7
+    recycled, blocks = backend.module("gradients.recycled"), backend.blocks(parts)
+    found, claimed = [], []
+    generator = np.random.default_rng(8)
+    precision = backend.precision(np.eye(1))
+
+    def run(noise):
+        given = backend.array(np.zeros(1)), (backend.array(np.ones(1)),)
+        pool = recycled.init(12, *given)
+        for index in range(12):
+            points = backend.xp.stack([noise[index], -noise[index]])
+            values = backend.xp.exp(rate * points[:, 0])
+            arrays = points, values, rate * values[:, None], rate**2 * values[:, None, None]
+            pool = recycled.append(pool, blocks, *given, *(array[None] for array in arrays))
+        moments = recycled.moments(pool, blocks, *given)
+        return moments.gradient, moments.hessian, recycled.squared_error(moments, precision)
+
+    run = backend.compiled(run)
+    for _ in range(200):
+        gradient, hessian, error = run(backend.array(generator.normal(size=(12, 1))))
+        found.append([backend.to_numpy(gradient)[0], backend.to_numpy(hessian)[0, 0]])
+        claimed.append(float(error))
+    found, expected = np.array(found), np.exp(rate**2 / 2) * np.array([rate, rate**2])
+    # a ratio of averages, and a regression, are biased by the order of one over the draws
+    assert (np.abs(found.mean(0) - expected) < 5 * found.std(0) / 200**0.5 + expected / 24).all()
+    plain = (rate**2 * (np.exp(2 * rate**2) + 1) / 2 - rate**2 * np.exp(rate**2)) / 12  # of 12 pairs, no regression
+    assert found[:, 0].var() < np.mean(claimed)
+    assert 0.3 < np.mean(claimed) / plain < 3
+
+
+def test_a_full_pool_forgets_every_fourth_pair(backend):
+    """The draws that stay are weighted as if the others had never been made."""
+    parts, seed = PARTS["mixed"], 4
+    full, blocks, recycled = pooled(backend, np.random.default_rng(seed), parts, CUBE, num_pairs=11, capacity=8)
+    forgotten = (0, 4, 1, 6)  # the first and the fifth of the eight that were there, when 8 came and when 10 did
+    fresh, *_ = pooled(backend, np.random.default_rng(seed), parts, CUBE, num_pairs=11, forgotten=forgotten)
+    assert int(full.count) == int(fresh.count) == 7
+    loc, scales, _ = gaussian(np.random.default_rng(1), parts)
+    kept, anew = (estimate(backend, pool, blocks, recycled, loc, scales) for pool in (full, fresh))
+    assert_allclose(np.sort(kept.weights, axis=None)[-14:], np.sort(anew.weights, axis=None)[-14:], rtol=1e-10)
+    assert_allclose(kept.gradient, anew.gradient, rtol=1e-10)
+
+
+def test_pairs_of_one_gaussian_are_appended_at_once_as_one_after_the_other(backend, random):
+    """Past the room that there is, too."""
+    parts = PARTS["mixed"]
+    pool, blocks, recycled = pooled(backend, random, parts, CUBE, num_pairs=6, capacity=8)
+    loc, scales, factor = gaussian(random, parts)
+    noise = random.normal(size=(4, 1, DIMENSION)) * [[1], [-1]]
+    points = loc + noise @ factor.T
+    arrays = (noise, value_at(points, CUBE), gradient_at(points, CUBE), hessian_at(points, CUBE))
+    arrays = [backend.array(array) for array in arrays]
+    given = backend.array(loc), tuple(map(backend.array, scales))
+    at_once, singly = recycled.append(pool, blocks, *given, *arrays), pool
+    for index in range(4):
+        singly = recycled.append(singly, blocks, *given, *(array[index : index + 1] for array in arrays))
+    assert int(at_once.count) == int(singly.count) == 8
+    one, other = (estimate(backend, each, blocks, recycled, loc, scales) for each in (at_once, singly))
+    for name in ("weights", "effective", "gradient", "hessian"):
+        assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-12, atol=1e-12)
+
+
+def test_the_elbo_of_a_gaussian_posterior_has_no_error(backend, random):
+    """log p − log q is the same at every draw of q = p."""
+    quadratic = np.zeros_like(CUBE)
+    pool, blocks, recycled = pooled(backend, random, PARTS["dense"], quadratic, num_pairs=4)
+    loc = -np.linalg.solve(SQUARE, LINEAR)
+    factor = np.linalg.cholesky(np.linalg.inv(SQUARE))
+    given = backend.array(loc), (backend.array(factor),)
+    weights = recycled.moments(pool, blocks, *given).weights
+    elbo, error = recycled.elbo(pool, weights, blocks, *given)
+    log_evidence = -value_at(loc, quadratic) + DIMENSION * np.log(2 * np.pi) / 2 + np.log(np.diag(factor)).sum()
+    assert_allclose(float(elbo), log_evidence, rtol=1e-12)
+    assert float(error) < 1e-12

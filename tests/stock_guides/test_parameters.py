@@ -359,10 +359,8 @@ def rows_by_hand(host, model):
     """The guide takes the rows of parameters that it has outside the plate, and exp of one of them."""
 
     def guide(y):
-        loc, log_scale = (
-            host.param("loc", host.array(np.linspace(-1.0, 1.0, 6))),
-            host.param("root", host.array(np.zeros(6))),
-        )
+        loc = host.param("loc", host.array(np.linspace(-1.0, 1.0, 6)))
+        log_scale = host.param("root", host.array(np.zeros(6)))
         with host.plate("rows", 6, subsample_size=2) as rows:
             host.sample("z", host.dist.Normal(loc[rows], host.xp.exp(log_scale[rows])))
 
