@@ -504,6 +504,7 @@ def run(fit, num_steps):
 
 workers = group("first")
 if rank == 0:
+    distributed.destroy_process_group()
     sys.exit()
 resumed = False
 fit = start(workers)
@@ -520,6 +521,8 @@ later.guide.load_state_dict(saved[0])
 later.svi.optim.set_state(saved[1])
 run(later, 3)
 torch.save([draws, saved, straight, others, later.state()], f"{folder}/{rank}.pt")
+distributed.barrier(workers)
+distributed.destroy_process_group()  # a process that ends with its threads of communication at work may abort
 """
 
 
