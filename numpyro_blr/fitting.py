@@ -421,9 +421,10 @@ def _at_end(opt_state: OptState) -> _AtEnd | None:
     scales = scales_of(gaussian.precision, blocks, jnp.ones_like(gaussian.radius))
     estimate = recycled.moments(gaussian.recycling.pool, blocks, gaussian.loc, scales)
     elbo, elbo_error = recycled.elbo(gaussian.recycling.pool, estimate.weights, blocks, gaussian.loc, scales)
-    deviations = estimate.deviations.sum(1)
     noise_cost = recycled.noise_cost(gaussian.recycling.pool, estimate, blocks, gaussian.precision)
-    return _AtEnd(elbo, elbo_error, estimate.effective, noise_cost, estimate.hessian, estimate.gradient, deviations)
+    return _AtEnd(
+        elbo, elbo_error, estimate.effective, noise_cost, estimate.hessian, estimate.gradient, estimate.deviations
+    )
 
 
 def _advance_compiled(svi: SVI, args: tuple, kwargs: dict, max_steps: int, *, optimized: bool) -> Callable:

@@ -68,7 +68,7 @@ DIFFERENCES = {
         "__all__", "by_differences", "by_forward_mode", "gradient_of", "has_second_derivative", "Gradient", "Products",
         "NO_DERIVATIVE",
     },
-    "gradients/recycled.py": {"Pool", "Pool.count"},  # an array of a fixed size, or a tensor that grows
+    "gradients/recycled.py": {"Moments", "Pool", "Pool.count", "append"},  # arrays of a fixed size, or that grow
     "gradients/drawn.py": {  # torch has seeds, and JAX has keys
         "__all__", "directions", "natural_gradients", "samples", "seeded",
     },
@@ -107,8 +107,8 @@ DIFFERENCES = {
         "BLR.advance", "BLR.traced_reason",  # a step on the traced loss, without the host's own evaluation
     },
 }  # fmt: skip
-ALONE = {  # JAX traces by itself, and NumPyro lifts modules; torch's generator of noise is a fast one
-    "numpyro_blr": {"optim/_noise.py"},
+ALONE = {  # JAX traces by itself and has arrays of a fixed size; NumPyro lifts modules; torch's noise is a fast one
+    "numpyro_blr": {"gradients/_paged.py", "optim/_noise.py"},
     "pyro_blr": {"guides/bayesian_module.py", "optim/_graph.py", "optim/_rewriting.py", "optim/_traced.py"},
 }
 COMMON = {

@@ -32,6 +32,7 @@ from jax import Array, lax
 from jax.scipy.linalg import cho_solve
 
 from ..families import Block, Precision
+from ._paged import paged
 
 __all__ = [
     "Moments",
@@ -86,7 +87,8 @@ class Moments(NamedTuple):
         effective: n, the number of equally weighted draws that these are worth at q.
         gradient: ĝ, [D].
         hessian: Ĥ, [D, D].
-        deviations: by how much each draw moves ĝ, [K, 2, D]; they add up to zero.
+        deviations: by how much each pair moves ĝ, [K, D]; they add up to zero.
+        scatter: Σ over pairs of the outer products of these, [D, D].
     """
 
     weights: Array
@@ -94,6 +96,7 @@ class Moments(NamedTuple):
     gradient: Array
     hessian: Array
     deviations: Array
+    scatter: Array
 
 
 def init(num_pairs: int, loc: Array, scales: tuple[Any, ...]) -> Pool:
@@ -114,8 +117,7 @@ def init(num_pairs: int, loc: Array, scales: tuple[Any, ...]) -> Pool:
 
 def emptied(pool: Pool, condition: Array) -> Pool:
     """Without any draw, if so."""
-    log_mixture = jnp.where(condition, -jnp.inf, pool.log_mixture)
-    return replace(pool, log_mixture=log_mixture, count=jnp.where(condition, 0, pool.count))
+    return replace(pool, count=jnp.where(condition, 0, pool.count))
 
 
 def append(
@@ -127,93 +129,125 @@ def append(
     values: Array,
     gradients: Array,
     hessians: Array,
+    number: Array | None = None,
 ) -> Pool:
-    """The pool with the pairs loc + C ε more, at ε = `noise` [K, 2, D]; a full pool forgets every fourth pair."""
-    for pair in zip(noise, values, gradients, hessians, strict=True):
-        pool = _with_pair(pool, blocks, loc, scales, pair)
-    return pool
+    """The pool with the pairs loc + C ε more, at ε = `noise` [K, 2, D], or with the first `number` of them alone.
 
+    Where there is no room for K more, it forgets every fourth pair first.
+    """
+    num_pairs, capacity, whitener = len(noise), len(pool.points), _whitener(blocks, scales)
+    assert FORGOTTEN * num_pairs <= capacity
+    number = jnp.asarray(num_pairs if number is None else number)
+    pool = lax.cond(pool.count + num_pairs > capacity, _thinned, lambda pool: pool, pool)
+    row, points = pool.count, loc + scaled(blocks, scales, noise)
 
-def _with_pair(
-    pool: Pool, blocks: tuple[Block, ...], loc: Array, scales: tuple[Any, ...], pair: tuple[Array, ...]
-) -> Pool:
-    noise, values, gradients, hessians = pair
-    capacity, whitener = len(pool.points), _whitener(blocks, scales)
-    full = pool.count == capacity
-    pool = lax.cond(full, _thinned, lambda pool: pool, pool)
-    row = pool.count
+    def written(stack: Array, values: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(stack, jnp.broadcast_to(values, (num_pairs, *stack.shape[1:])), row, 0)
 
-    def written(stack: Array, value: Array) -> Array:
-        return lax.dynamic_update_index_in_dim(stack, value, row, 0)
+    count, locs, whiteners = row + number, written(pool.locs, loc), written(pool.whiteners, whitener)
 
-    pool = Pool(
-        points=written(pool.points, loc + scaled(blocks, scales, noise)),
+    def densities(old: Array, log_mixture: Array, locs: Array, whiteners: Array) -> tuple[tuple, tuple[Array, Array]]:
+        more = _log_density(old, loc, whitener) + jnp.log(number.astype(loc.dtype))
+        return (), (jnp.logaddexp(log_mixture, more), jax.vmap(_log_density, (None, 0, 0))(points, locs, whiteners))
+
+    _, (log_mixture, under_each) = paged(densities, count, pool.points, pool.log_mixture, locs, whiteners)
+    pool, order = replace(pool, count=count), jnp.arange(num_pairs, dtype=jnp.int32)
+    return replace(
+        pool,
+        points=written(pool.points, points),
         values=written(pool.values, values),
         gradients=written(pool.gradients, gradients),
         hessians=written(pool.hessians, hessians),
-        log_mixture=jnp.logaddexp(pool.log_mixture, log_density(blocks, loc, scales, pool.points)),
-        locs=written(pool.locs, loc),
-        whiteners=written(pool.whiteners, whitener),
-        numbers=written(pool.numbers, pool.numbers.max() + 1),
-        count=row + 1,
+        log_mixture=written(log_mixture, _log_sum(pool, under_each)),
+        locs=locs,
+        whiteners=whiteners,
+        numbers=written(pool.numbers, jnp.where(order < number, pool.numbers.max() + 1 + order, -1)),
     )
-
-    def with_row(row: Array, log_mixture: Array) -> Array:
-        points = lax.dynamic_index_in_dim(pool.points, row, keepdims=False)
-        return lax.dynamic_update_index_in_dim(log_mixture, jax.nn.logsumexp(_under_each(pool, points), axis=0), row, 0)
-
-    first = jnp.where(full, 0, row)  # all rows where some of the components have gone, or the new one alone
-    return replace(pool, log_mixture=lax.fori_loop(first, row + 1, with_row, pool.log_mixture))
 
 
 def _thinned(pool: Pool) -> Pool:
-    """Without one pair in `FORGOTTEN`, of all ages alike; `log_mixture` has all components still.
+    """Without one pair in `FORGOTTEN`, of all ages alike.
 
     Early Gaussians are often wide, and bound the weights of the draws in the tails of the present one: without all of
     them at once, the estimate would jump.
     """
     kept = np.arange(len(pool.points)) % FORGOTTEN > 0
     order = np.argsort(~kept, kind="stable")
-    return jax.tree.map(lambda leaf: leaf[order] if leaf.ndim else jnp.full_like(leaf, kept.sum()), pool)
+    count = (kept & _there(pool)).sum(dtype=jnp.int32)
+    pool = jax.tree.map(lambda leaf: leaf[order] if leaf.ndim else count, pool)
+
+    def mixture(points: Array) -> tuple[tuple, Array]:
+        return (), _log_sum(pool, jax.vmap(_log_density, (None, 0, 0))(points, pool.locs, pool.whiteners))
+
+    return replace(pool, log_mixture=paged(mixture, pool.count, pool.points)[1])
+
+
+def _log_sum(pool: Pool, densities: Array) -> Array:
+    """log Σ_k q_k over the Gaussians that are there, from log q_k [K, ...]."""
+    there = jnp.expand_dims(_there(pool), tuple(range(1, densities.ndim)))
+    return jax.nn.logsumexp(jnp.where(there, densities, -jnp.inf), axis=0)
 
 
 def moments(pool: Pool, blocks: tuple[Block, ...], loc: Array, scales: tuple[Any, ...]) -> Moments:
     """ĝ and Ĥ at N(loc, C Cᵀ); NaN where the Gaussian itself is not finite."""
-    size = len(loc)
-    num_draws = 2 * len(pool.points)
-    shifts = (pool.points - loc).reshape(num_draws, size)  # δ
-    gradients, hessians = pool.gradients.reshape(num_draws, size), pool.hessians.reshape(num_draws, size, size)
-    noise, log_determinant = standardized(blocks, loc, scales, pool.points)  # C⁻¹ δ
-    noise = noise.reshape(num_draws, size)
-    log_ratio = -(noise**2).sum(-1) / 2 - log_determinant - pool.log_mixture.reshape(-1)
-    log_ratio = jnp.where(jnp.repeat(_there(pool), 2), log_ratio, -jnp.inf)
+    size, count = len(loc), pool.count
+
+    def ratios(points: Array, log_mixture: Array) -> tuple[tuple, tuple[Array, Array]]:
+        noise, log_determinant = standardized(blocks, loc, scales, points)  # C⁻¹ δ
+        return (), (noise, -(noise**2).sum(-1) / 2 - log_determinant - log_mixture)
+
+    _, (noise, log_ratio) = paged(ratios, count, pool.points, pool.log_mixture)
+    log_ratio = jnp.where(_there(pool)[:, None], log_ratio, -jnp.inf)
     largest = log_ratio.max()
     ratio = jnp.exp(log_ratio - largest)
-    # every sum over the draws in one product: each by itself is two or three kernels to compile
-    features = jnp.column_stack([jnp.ones_like(ratio), ratio, noise])
-    sums = (ratio[:, None] * features).T @ features
-    total, squares, mean = sums[0, 0], sums[1, 0], sums[0, 2:] / sums[0, 0]
+    total = ratio.sum()
     weights = ratio / total
-    effective = jnp.minimum(1, total * jnp.exp(largest) / 2) * total**2 / squares
+    effective = jnp.minimum(1, total * jnp.exp(largest) / 2) / (weights**2).sum()
 
+    def second_moment(weights: Array, noise: Array) -> tuple[tuple[Array, Array], tuple]:
+        weighted = weights[..., None] * noise
+        return (weighted.sum((0, 1)), _product(weighted, noise)), ()
+
+    (mean, second), _ = paged(second_moment, count, weights, noise)
     enough, identity = effective > REGULAR * size, jnp.eye(size, dtype=loc.dtype)
-    covariance = jnp.where(enough, sums[2:, 2:] / total - jnp.outer(mean, mean), identity)
+    covariance = jnp.where(enough, second - jnp.outer(mean, mean), identity)
     inverse = cho_solve((jnp.linalg.cholesky(covariance), True), identity)  # M⁻¹
-    slope = (inverse * mean).sum(-1)
-    regular = enough & ((mean * slope).sum() < MAX_SHIFT)
-    centred = noise - mean
-    regressed = weights * jnp.where(regular, 1 - (centred * slope).sum(-1), 1)
-    excess = inverse @ (identity - (regressed[:, None] * noise).T @ noise)
-    excess = jnp.where(regular, centred @ scaled(blocks, scales, excess), 0)  # (Σ − M_v) M⁻¹ c
+    slope = inverse @ mean
+    regular = enough & (mean @ slope < MAX_SHIFT)
 
-    hessian = jnp.einsum("j,jab->ab", regressed, hessians)
-    cubic = (jnp.einsum("jab,jb->ja", hessians, excess) - excess @ hessian) / 2
-    quadratic = gradients - shifts @ hessian
-    weighted = weights[:, None]
-    terms = regressed[:, None] * quadratic + weighted * cubic
-    gradient = terms.sum(0)
-    deviations = (terms - weighted * gradient).reshape(pool.points.shape)
-    return Moments(weights.reshape(-1, 2), effective, gradient, hessian, deviations)
+    def regression(weights: Array, noise: Array) -> tuple[Array, Array]:
+        regressed = weights * jnp.where(regular, 1 - (noise - mean) @ slope, 1)
+        return _product(regressed[..., None] * noise, noise), regressed
+
+    spread, regressed = paged(regression, count, weights, noise)
+    excess_of = scaled(blocks, scales, inverse @ (identity - spread))
+
+    def curvature(weights: Array, noise: Array, hessians: Array) -> tuple[Array, tuple[Array, Array]]:
+        excess = jnp.where(regular, (noise - mean) @ excess_of, 0)  # (Σ − M_v) M⁻¹ c
+        hessian = jnp.einsum("kp,kpab->ab", weights, hessians)
+        return hessian, (excess, jnp.einsum("kpab,kpb->kpa", hessians, excess))
+
+    hessian, (excess, product) = paged(curvature, count, regressed, noise, pool.hessians)
+
+    def slopes(regressed, weights, points, gradients, excess, product) -> tuple[Array, Array]:
+        quadratic = gradients - (points - loc) @ hessian
+        cubic = (product - excess @ hessian) / 2
+        terms = (regressed[..., None] * quadratic + weights[..., None] * cubic).sum(1)
+        return terms.sum(0), terms
+
+    gradient, terms = paged(slopes, count, regressed, weights, pool.points, pool.gradients, excess, product)
+
+    def scattered(weights: Array, terms: Array) -> tuple[Array, Array]:
+        deviations = terms - weights.sum(1)[:, None] * gradient
+        return deviations.T @ deviations, deviations
+
+    scatter, deviations = paged(scattered, count, weights, terms)
+    return Moments(weights, effective, gradient, hessian, deviations, scatter)
+
+
+def _product(left: Array, right: Array) -> Array:
+    """Σ over draws of the outer products of their rows, [D, D]."""
+    return jnp.einsum("kpa,kpb->ab", left, right)
 
 
 def squared_error(moments: Moments, precision: Precision) -> Array:
@@ -222,9 +256,8 @@ def squared_error(moments: Moments, precision: Precision) -> Array:
     What the regression takes away is not credited: V is the variance without it, and bounds the one with it. Rates that
     trust the smaller one follow single draws of heavy tails.
     """
-    deviations = moments.deviations.sum(1)
     num_pairs = moments.effective / 2
-    spread = (deviations * precision.solve(deviations)).sum()
+    spread = jnp.trace(precision.solve(moments.scatter))
     return jnp.where(num_pairs > 1, spread * num_pairs / jnp.maximum(num_pairs - 1, 0.5), 0)
 
 
@@ -239,7 +272,7 @@ def noise_cost(pool: Pool, moments: Moments, blocks: tuple[Block, ...], precisio
     hessians = jnp.einsum("kj,kjab->kab", moments.weights, pool.hessians)
     hessians -= moments.weights.sum(1)[:, None, None] * moments.hessian
     whitened = jnp.where(groups[:, None] == groups, factor.T @ hessians @ factor, 0).reshape(len(hessians), -1)
-    gradients = moments.deviations.sum(1)
+    gradients = moments.deviations
     products = gradients @ precision.solve(gradients).T / 2 + whitened @ whitened.T / 4  # of two pairs
     frames, shares = pool.numbers // len(groups), moments.weights.sum(1)
     same = frames[:, None] == frames
@@ -261,30 +294,22 @@ def elbo(
     return mean, jnp.sqrt((((weights * (terms - mean)).sum(1)) ** 2).sum())
 
 
-def log_density(blocks: tuple[Block, ...], loc: Array, scales: tuple[Any, ...], points: Array) -> Array:
-    """log N(points | loc, C Cᵀ) up to a constant, of shape [...] for points [..., D]."""
-    noise, log_determinant = standardized(blocks, loc, scales, points)
-    return -(noise**2).sum(-1) / 2 - log_determinant
-
-
 def standardized(blocks: tuple[Block, ...], loc: Array, scales: tuple[Any, ...], points: Array) -> tuple[Array, Array]:
     """ε = C⁻¹ (points − loc) of shape [..., D], and log |C|."""
-    whitener, shifts = _whitener(blocks, scales), points - loc
+    return _whitened(points - loc, _whitener(blocks, scales))
+
+
+def _whitened(shifts: Array, whitener: Array) -> tuple[Array, Array]:
+    """C⁻¹ δ of shape [..., D], and log |C|."""
     if whitener.ndim == 1:
         return shifts * whitener, -jnp.log(whitener).sum()
     return shifts @ whitener.T, -jnp.log(jnp.diagonal(whitener)).sum()
 
 
-def _under_each(pool: Pool, points: Array) -> Array:
-    """log q_k of a pair of points under every Gaussian, up to a constant, [K, 2]; −∞ of those that are not there."""
-    shifts = points - pool.locs[:, None]
-    if pool.whiteners.ndim == 2:
-        noise, diagonals = shifts * pool.whiteners[:, None], pool.whiteners
-    else:
-        noise = shifts @ jnp.swapaxes(pool.whiteners, -1, -2)
-        diagonals = jnp.diagonal(pool.whiteners, axis1=-2, axis2=-1)
-    densities = -(noise**2).sum(-1) / 2 + jnp.log(diagonals).sum(-1)[:, None]
-    return jnp.where(_there(pool)[:, None], densities, -jnp.inf)
+def _log_density(points: Array, loc: Array, whitener: Array) -> Array:
+    """log N(points | loc, C Cᵀ) up to a constant, of shape [...] for points [..., D]."""
+    noise, log_determinant = _whitened(points - loc, whitener)
+    return -(noise**2).sum(-1) / 2 - log_determinant
 
 
 def _mean_field(scales: tuple[Any, ...], size: int) -> bool:

@@ -80,8 +80,9 @@ class Recycling:
 
 
 def init(loc: Array, scales: tuple[Any, ...], max_pairs: int) -> Recycling:
-    """No draws yet, and room for 512, or as many as have four million numbers in their Hessians, but for 16."""
-    num_pairs = min(MAX_PAIRS, max(8, MAX_NUMBERS // (2 * len(loc) ** 2)))
+    """No draws yet, and room for 512, or as many as have four million numbers in their Hessians; at least for 16."""
+    eights = min(MAX_PAIRS, MAX_NUMBERS // (2 * len(loc) ** 2)) // 8
+    num_pairs = max(8 * eights, 8, 4 * max_pairs)
     return Recycling(
         pool=recycled.init(num_pairs, loc, scales),
         frame=orthogonal.init(loc, max_pairs),
@@ -99,11 +100,13 @@ def drawn(state: State, normals: Callable[[int], Array], max_pairs: int) -> tupl
 
 
 class _Place(NamedTuple):
-    """A Gaussian and the pool's estimate there, with r², V and L = E_q[ℓ]/τ."""
+    """A Gaussian and the pool's estimate there: n, ĝ and Ĥ, with r², V and L = E_q[ℓ]/τ."""
 
     loc: Array
     precision: DensePrecision
-    moments: recycled.Moments
+    effective: Array
+    gradient: Array
+    hessian: Array
     residual: Array
     error: Array
     loss: Array
@@ -118,7 +121,7 @@ class _Place(NamedTuple):
 
     def step(self, rate: Array, far: Array, downhill: Array) -> tuple[Array, DensePrecision]:
         """(m, S) after a step of the rule, or from far away after one by the rule or down log L."""
-        gradient, hessian = self.moments.gradient, self.moments.hessian
+        gradient, hessian = self.gradient, self.hessian
         slope = gradient / self.loss
         curvature = hessian / self.loss - jnp.outer(slope, slope)
         trust = DensePrecision(TRUST * jnp.eye(len(gradient), dtype=gradient.dtype))
@@ -131,7 +134,7 @@ class _Place(NamedTuple):
         """Of the step in S from here, how far Ĥ = S was by the secant, in the Fisher metric; 1 where not yet behind."""
         moved = there.precision.matrix - self.precision.matrix
         weights = self.precision.solve(self.precision.solve(moved).T)
-        was, now = ((weights * (place.moments.hessian - place.precision.matrix)).sum() for place in (self, there))
+        was, now = ((weights * (place.hessian - place.precision.matrix)).sum() for place in (self, there))
         beyond = (was > 0) & (now < 0)
         return jnp.where(beyond, jnp.maximum(was / jnp.where(beyond, was - now, 1), SHORTEST), 1)
 
@@ -193,12 +196,12 @@ def step(
     fresh = jnp.arange(max_pairs, dtype=jnp.int32) < recycling.num_pairs
 
     def noisy_steps_of(start: _Place) -> Array:
-        opposed = _rate.opposed(start.moments.gradient, start.precision, state.rate.last_gradient)
+        opposed = _rate.opposed(start.gradient, start.precision, state.rate.last_gradient)
         begun = (pool.count >= BEGUN) & ~start.far
         return state.rate.noisy_steps + ((start.noisy | changed | begun) & opposed).astype(dtype)
 
     def cap_of(start: _Place) -> Array:
-        return _cap(noisy_steps_of(start), start.moments.effective, recycling.num_pairs)
+        return _cap(noisy_steps_of(start), start.effective, recycling.num_pairs)
 
     def first_rate_of(start: _Place) -> Array:
         cap = cap_of(start)
@@ -217,8 +220,9 @@ def step(
         moments = recycled.moments(pool, blocks, loc, scales)
         residual = _rate.squared_norm(moments.gradient, precision)
         error = recycled.squared_error(moments, precision)
-        there = _Place(loc, precision, moments, residual, error, (moments.weights * pool.values).sum())
-        covered = ~far & (moments.effective >= jnp.maximum(COVERED, here.moments.effective / 2))
+        loss = (moments.weights * pool.values).sum()
+        there = _Place(loc, precision, moments.effective, moments.gradient, moments.hessian, residual, error, loss)
+        covered = ~far & (moments.effective >= jnp.maximum(COVERED, here.effective / 2))
 
         def judged() -> tuple[Array, Array, Array, Array]:
             first = far & (number == 0)
@@ -245,6 +249,7 @@ def step(
             ~taken & (proposals < _rate.MAX_PROPOSALS),
         )
         first_rate, first_inner = first_rate_of(there), jnp.where(cap_of(there) < INNER_RATE, 0, INNER_RATE)
+        share = lax.cond(looked & covered, here.share, lambda there: jnp.ones((), dtype), there)
         # a step downhill that is but too short is the longer next time
         factor = jnp.where(downhill & lower, _rate.GROW, jnp.where(far & ~downhill, 1, _rate.CUT))
         next_rate = jnp.where(accepted | taken, 1, factor) * search.rate
@@ -255,9 +260,7 @@ def step(
             rate=jnp.where(looked, next_rate, first_rate),
             proposals=proposals,
             inner=inner,
-            inner_rate=jnp.where(
-                looked, jnp.where(covered, here.share(there), 1) * search.inner_rate, first_inner.astype(dtype)
-            ),
+            inner_rate=jnp.where(looked, share * search.inner_rate, first_inner.astype(dtype)),
             before=before,
             by_rule=by_rule,
             looked=jnp.ones((), bool),
@@ -266,7 +269,8 @@ def step(
         )
 
     nothing, none, no = jnp.zeros((), dtype), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-    here = _Place(state.loc, state.precision, _unknown(pool), state.residual, state.error, jnp.ones((), dtype))
+    unknown = jnp.zeros_like(state.loc), jnp.zeros_like(state.precision.matrix)  # at a rate of zero, it moves nothing
+    here = _Place(state.loc, state.precision, nothing, *unknown, state.residual, state.error, jnp.ones((), dtype))
     end = lax.while_loop(
         lambda search: search.going,
         attempt,
@@ -276,12 +280,12 @@ def step(
     start = end.start
     tries = end.proposals - start.far.astype(jnp.int32)  # at the rate that is searched
     far = usable & start.far
-    alone = (pool.count >= BEGUN) & (start.moments.effective < 3 * recycling.num_pairs.astype(dtype)) & ~start.far
+    alone = (pool.count >= BEGUN) & (start.effective < 3 * recycling.num_pairs.astype(dtype)) & ~start.far
     more = usable & (start.noisy | ~end.taken | alone)
     num_pairs = jnp.where(more, jnp.minimum(max_pairs, 2 * recycling.num_pairs), recycling.num_pairs)
     num_draws, num_losses = (2 * num_drawn).astype(dtype), end.proposals + (usable & start.far).astype(jnp.int32)
     rate = _rate.next_rate(end.rate, end.first_rate, end.taken, tries, jnp.where(far, jnp.inf, 1))
-    rates = state.rate.after(rate, end.rate, noisy_steps_of(start), start.moments.gradient, end.taken)
+    rates = state.rate.after(rate, end.rate, noisy_steps_of(start), start.gradient, end.taken)
     radius = jnp.where(far, jnp.maximum(NARROWER * state.radius, NARROWEST), jnp.minimum(1, 2 * state.radius))
     evaluations += num_draws * num_losses.astype(dtype)
     taken = jnp.where(usable, end.taken, recycling.taken)
@@ -316,42 +320,31 @@ def _fresh(
     constant = log_determinant + len(state.loc) * jnp.log(2 * jnp.pi) / (2 * temperature)
 
     def draw(carry):
-        number, pool, losses, _, evaluations = carry
+        number, found, _, evaluations = carry
         pair = _pair(noise[number])
         hessians, values, gradients, _, _, cost = hessians_at(
             objective, state.loc, scales, {}, Draws.at(pair), blocks, forward=forward
         )
-        energies = values + constant + (pair**2).sum(-1) / (2 * temperature)  # ℓ/τ
         finite = all_finite(values, gradients, hessians)
-        pool = lax.cond(
-            finite,
-            lambda pool: recycled.append(
-                pool, blocks, state.loc, scales, *(array[None] for array in (pair, energies, gradients, hessians))
-            ),
-            lambda pool: pool,
-            pool,
+        found = tuple(
+            lax.dynamic_update_index_in_dim(stack, jnp.where(finite, value, 0), number, 0)
+            for stack, value in zip(found, (values, gradients, hessians), strict=True)
         )
-        losses = lax.dynamic_update_index_in_dim(losses, values, number, 0)
-        return number + 1, pool, losses, finite, evaluations + 2 * cost
+        return number + 1, found, finite, evaluations + 2 * cost
 
-    nothing, no_gradient = jnp.zeros((len(noise), 2), state.loc.dtype), jnp.zeros((), state.loc.dtype)
-    return lax.while_loop(
-        lambda carry: (carry[0] < state.recycling.num_pairs) & carry[3],
+    max_pairs, size, dtype = *noise.shape, state.loc.dtype
+    nothing = tuple(jnp.zeros((max_pairs, 2, *shape), dtype) for shape in ((), (size,), (size, size)))
+    number, (losses, gradients, hessians), usable, evaluations = lax.while_loop(
+        lambda carry: (carry[0] < state.recycling.num_pairs) & carry[2],
         draw,
-        (jnp.zeros((), jnp.int32), state.recycling.pool, nothing, jnp.ones((), bool), no_gradient),
+        (jnp.zeros((), jnp.int32), nothing, jnp.ones((), bool), jnp.zeros((), dtype)),
     )
-
-
-def _unknown(pool: recycled.Pool) -> recycled.Moments:
-    """Of the shapes of the pool's moments, all zeros: blended in at a rate of zero, it moves nothing."""
-    size, dtype = pool.points.shape[-1], pool.points.dtype
-    return recycled.Moments(
-        weights=jnp.zeros_like(pool.values),
-        effective=jnp.zeros((), dtype),
-        gradient=jnp.zeros(size, dtype),
-        hessian=jnp.zeros((size, size), dtype),
-        deviations=jnp.zeros_like(pool.points),
-    )
+    pairs = jnp.stack([noise, -noise], 1)
+    energies = losses + constant + (pairs**2).sum(-1) / (2 * temperature)  # ℓ/τ
+    num_finite = number - (~usable).astype(jnp.int32)
+    found = pairs, energies, gradients, hessians
+    pool = recycled.append(state.recycling.pool, blocks, state.loc, scales, *found, num_finite)
+    return number, pool, losses, usable, evaluations
 
 
 def _losses(

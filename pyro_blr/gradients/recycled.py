@@ -89,7 +89,7 @@ class Moments(NamedTuple):
         effective: n, the number of equally weighted draws that these are worth at q.
         gradient: ĝ, [D].
         hessian: Ĥ, [D, D].
-        deviations: by how much each draw moves ĝ, [K, 2, D]; they add up to zero.
+        deviations: by how much each pair moves ĝ, [K, D]; they add up to zero.
     """
 
     weights: Tensor
@@ -143,7 +143,7 @@ def append(
         torch.cat([stack, scale.expand(num_pairs, *scale.shape)])
         for stack, scale in zip(pool.scales, scales, strict=True)
     )
-    under_each = log_density(blocks, locs[:, None], all_scales, points.reshape(-1, size).expand(len(locs), -1, size))
+    under_each = _log_density(blocks, locs[:, None], all_scales, points.reshape(-1, size).expand(len(locs), -1, size))
     old = _with_component(pool, blocks, loc, scales, num_pairs)
     first = pool.numbers[-1] + 1 if pool.count else 0
     return Pool(
@@ -181,9 +181,9 @@ def moments(pool: Pool, blocks: tuple[Block, ...], loc: Tensor, scales: tuple[An
     excess = scaled(blocks, scales, excess)
     cubic = (torch.einsum("kpij,kpj->kpi", pool.hessians, excess) - excess @ hessian) / 2
     quadratic = pool.gradients - (pool.points - loc) @ hessian
-    terms = regressed[..., None] * quadratic + weights[..., None] * cubic
-    gradient = terms.sum((0, 1))
-    return Moments(weights, effective, gradient, hessian, terms - weights[..., None] * gradient)
+    terms = (regressed[..., None] * quadratic + weights[..., None] * cubic).sum(1)
+    gradient = terms.sum(0)
+    return Moments(weights, effective, gradient, hessian, terms - weights.sum(1)[:, None] * gradient)
 
 
 def _second_moment(weights: Tensor, vectors: Tensor) -> Tensor:
@@ -197,11 +197,10 @@ def squared_error(moments: Moments, precision: Precision) -> float:
     What the regression takes away is not credited: V is the variance without it, and bounds the one with it. Rates that
     trust the smaller one follow single draws of heavy tails.
     """
-    deviations = moments.deviations.sum(1)
     num_pairs = moments.effective / 2
     if not num_pairs > 1:
         return 0.0
-    spread = float((deviations * precision.solve(deviations)).sum())
+    spread = float(precision.solve(moments.deviations.T @ moments.deviations).trace())
     return spread * num_pairs / max(num_pairs - 1, 0.5)
 
 
@@ -216,7 +215,7 @@ def noise_cost(pool: Pool, moments: Moments, blocks: tuple[Block, ...], precisio
     hessians = torch.einsum("kj,kjab->kab", moments.weights, pool.hessians)
     hessians -= moments.weights.sum(1)[:, None, None] * moments.hessian
     whitened = (factor.T @ hessians @ factor)[:, groups[:, None] == groups]
-    gradients = moments.deviations.sum(1)
+    gradients = moments.deviations
     products = gradients @ precision.solve(gradients).T / 2 + whitened @ whitened.T / 4  # of two pairs
     frames, shares = pool.numbers // len(groups), moments.weights.sum(1)
     same = frames[:, None] == frames
@@ -238,7 +237,7 @@ def elbo(
     return float(mean), float(((weights * (terms - mean)).sum(1) ** 2).sum().sqrt())
 
 
-def log_density(blocks: tuple[Block, ...], loc: Tensor, scales: tuple[Any, ...], points: Tensor) -> Tensor:
+def _log_density(blocks: tuple[Block, ...], loc: Tensor, scales: tuple[Any, ...], points: Tensor) -> Tensor:
     """log N(points | loc, C Cᵀ) up to a constant, of shape [...] for points [..., D].
 
     One Gaussian for all points; or, with loc [K, 1, D] and scales [K, ...], one for each row of points [K, P, D].
@@ -250,7 +249,7 @@ def log_density(blocks: tuple[Block, ...], loc: Tensor, scales: tuple[Any, ...],
 def standardized(
     blocks: tuple[Block, ...], loc: Tensor, scales: tuple[Any, ...], points: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """ε = C⁻¹ (points − loc) of shape [..., D], and log |C|; one Gaussian or one for each row, as in `log_density`."""
+    """ε = C⁻¹ (points − loc) of shape [..., D], and log |C|; one Gaussian or one for each row, as in `_log_density`."""
 
     def solve(factors: Tensor, columns: Tensor) -> Tensor:
         return solve_triangular(factors, columns, upper=False)
@@ -306,7 +305,7 @@ def _by_block(
 
 def _with_component(pool: Pool, blocks: tuple[Block, ...], loc: Tensor, scales: tuple[Any, ...], times: int) -> Tensor:
     """log (Σ_k q_k + n q) at every point, with q n `times`."""
-    return torch.logaddexp(pool.log_mixture, log_density(blocks, loc, scales, pool.points) + math.log(times))
+    return torch.logaddexp(pool.log_mixture, _log_density(blocks, loc, scales, pool.points) + math.log(times))
 
 
 def _thinned(pool: Pool, blocks: tuple[Block, ...]) -> Pool:
@@ -318,7 +317,7 @@ def _thinned(pool: Pool, blocks: tuple[Block, ...]) -> Pool:
     pool = _with_rows(pool, torch.arange(pool.count, device=pool.points.device) % FORGOTTEN > 0)
     log_mixture = torch.full_like(pool.log_mixture, -torch.inf)
     for index, loc in enumerate(pool.locs):
-        component = log_density(blocks, loc, tuple(scale[index] for scale in pool.scales), pool.points)
+        component = _log_density(blocks, loc, tuple(scale[index] for scale in pool.scales), pool.points)
         log_mixture = torch.logaddexp(log_mixture, component)
     return replace(pool, log_mixture=log_mixture)
 

@@ -79,8 +79,9 @@ class Recycling:
 
 
 def init(loc: Tensor, scales: tuple[Any, ...], max_pairs: int) -> Recycling:
-    """No draws yet, and room for 512, or as many as have four million numbers in their Hessians, but for 16."""
-    num_pairs = min(MAX_PAIRS, max(8, MAX_NUMBERS // (2 * len(loc) ** 2)))
+    """No draws yet, and room for 512, or as many as have four million numbers in their Hessians; at least for 16."""
+    eights = min(MAX_PAIRS, MAX_NUMBERS // (2 * len(loc) ** 2)) // 8
+    num_pairs = max(8 * eights, 8, 4 * max_pairs)
     pool, frame = recycled.init(num_pairs, loc, scales), orthogonal.init(loc, max_pairs)
     return Recycling(pool=pool, frame=frame, num_pairs=1, digest=0, taken=False)
 
@@ -93,11 +94,13 @@ def drawn(state: State, normals: Callable[[int], Tensor], max_pairs: int) -> tup
 
 
 class _Place(NamedTuple):
-    """A Gaussian and the pool's estimate there, with r², V and L = E_q[ℓ]/τ."""
+    """A Gaussian and the pool's estimate there: n, ĝ and Ĥ, with r², V and L = E_q[ℓ]/τ."""
 
     loc: Tensor
     precision: DensePrecision
-    moments: recycled.Moments
+    effective: float
+    gradient: Tensor
+    hessian: Tensor
     residual: float
     error: float
     loss: float
@@ -112,7 +115,7 @@ class _Place(NamedTuple):
 
     def step(self, rate: float, far: bool, downhill: bool) -> tuple[Tensor, DensePrecision]:
         """(m, S) after a step of the rule, or from far away after one by the rule or down log L."""
-        gradient, hessian = self.moments.gradient, self.moments.hessian
+        gradient, hessian = self.gradient, self.hessian
         trust = DensePrecision(TRUST * torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device))
         if not downhill:
             precision = self.precision.blend(hessian, rate)
@@ -126,9 +129,7 @@ class _Place(NamedTuple):
         """Of the step in S from here, how far Ĥ = S was by the secant, in the Fisher metric; 1 where not yet behind."""
         moved = there.precision.matrix - self.precision.matrix
         weights = self.precision.solve(self.precision.solve(moved).T)
-        was, now = (
-            float((weights * (place.moments.hessian - place.precision.matrix)).sum()) for place in (self, there)
-        )
+        was, now = (float((weights * (place.hessian - place.precision.matrix)).sum()) for place in (self, there))
         return max(was / (was - now), SHORTEST) if was > 0 > now else 1.0
 
 
@@ -189,17 +190,18 @@ def step(
         moments = recycled.moments(pool, blocks, loc, scales)
         residual = float(_rate.squared_norm(moments.gradient, precision))
         error = recycled.squared_error(moments, precision)
-        return _Place(loc, precision, moments, residual, error, float((moments.weights * pool.values).sum()))
+        loss = float((moments.weights * pool.values).sum())
+        return _Place(loc, precision, moments.effective, moments.gradient, moments.hessian, residual, error, loss)
 
     if not usable:
         kept = replace(state, recycling=replace(recycling, pool=pool), evaluations=state.evaluations + evaluations)
         return skipped(kept), losses.mean(), False
     start = place(state.loc, state.precision, scales_of(state.precision, blocks, state.radius))
     far, last_gradient = start.far, state.rate.last_gradient
-    opposed = _rate.opposed(start.moments.gradient, start.precision, last_gradient)
+    opposed = _rate.opposed(start.gradient, start.precision, last_gradient)
     begun = pool.count >= BEGUN and not far
     noisy_steps = state.rate.noisy_steps + ((start.noisy or changed or begun) and opposed)
-    first_rate, cap = state.rate.rate, _cap(noisy_steps, start.moments.effective, recycling.num_pairs)
+    first_rate, cap = state.rate.rate, _cap(noisy_steps, start.effective, recycling.num_pairs)
     if not far:
         # down log L, or at draws closer to m than q's, a step that was taken says nothing of the next one's rate
         first_rate = cap if state.radius < 1 and recycling.taken else min(first_rate, cap)
@@ -219,7 +221,7 @@ def step(
         scales = scales_of(precision, blocks, state.radius)
         finite = all_finite(loc, precision.solve(loc), *scales)
         there = place(loc, precision, scales) if finite else here
-        covered = finite and not far and there.moments.effective >= max(COVERED, here.moments.effective / 2)
+        covered = finite and not far and there.effective >= max(COVERED, here.effective / 2)
         before, by_rule, better, lower = search.before, search.by_rule, False, False
         if far:
             close = scales_of(here.precision, blocks, NARROWEST)
@@ -232,7 +234,7 @@ def step(
         elif finite and not (covered or taken):
             after = losses_around(loc, scales)
             better = _rate.not_worse(losses, after, start.residual + len(loc))
-        accepted = (covered or better) and all_finite(there.moments.gradient)
+        accepted = (covered or better) and all_finite(there.gradient)
         settled = taken and here.residual < SETTLED * here.error
         proposals, inner = search.proposals + (not taken), search.inner + taken
         if not accepted:
@@ -251,7 +253,7 @@ def step(
         end = attempt(end)
 
     tries = end.proposals - far  # at the rate that is searched
-    alone = begun and start.moments.effective < 3 * recycling.num_pairs
+    alone = begun and start.effective < 3 * recycling.num_pairs
     more = start.noisy or not end.taken or alone
     num_pairs = min(len(noise), 2 * recycling.num_pairs) if more else recycling.num_pairs
     rate = _rate.next_rate(end.rate, first_rate, end.taken, tries, math.inf if far else 1.0)
@@ -261,7 +263,7 @@ def step(
         evaluations=state.evaluations + evaluations + 2 * recycling.num_pairs * (end.proposals + far),
         residual=start.residual,
         error=start.error,
-        rate=state.rate.after(rate, end.rate, noisy_steps, start.moments.gradient, end.taken),
+        rate=state.rate.after(rate, end.rate, noisy_steps, start.gradient, end.taken),
         radius=max(NARROWER * state.radius, NARROWEST) if far else min(1.0, 2 * state.radius),
     )
     moved = replace(kept, loc=end.here.loc, precision=end.here.precision)
