@@ -17,7 +17,7 @@ MODULES = sorted(FILES["numpyro_blr"] & FILES["pyro_blr"])
 FRAMEWORKS = {"numpyro_blr": ("jax", "numpyro"), "pyro_blr": ("torch", "pyro")}
 
 # What one host asks for and the other does not; everything else has the same name and the same parameters in both. A
-# name that no longer differs has to leave the list. `_svi.py`, `_layout.py` and `_weights.py`,
+# name that no longer differs has to leave the list. `_svi.py`, `_layout.py`, `_recognition.py` and `_weights.py`,
 # which know the host, share these alone.
 OPTIONS = (
     "forward=",
@@ -118,9 +118,10 @@ COMMON = {
         "objective_of", "report_skipped", "standard_normal",
     },
     "optim/_layout.py": {
-        "Layout", "Layout.blocks", "Member", "Site", "gather", "gather_members", "joined", "recognise", "scatter",
-        "scatter_members", "subsampled", "unwrap",
+        "JOINT", "Layout", "Layout.bare", "Layout.blocks", "Member", "Site", "Site.bare", "gather", "gather_members",
+        "has_family", "joined", "plates_of", "rows_of", "scatter", "scatter_members", "subsampled", "unwrap",
     },
+    "optim/_recognition.py": {"WANTED", "recognise"},
 }  # fmt: skip
 
 

@@ -25,7 +25,8 @@ from jax import Array
 
 from ..families import Natural, NormalNatural
 from ..gradients.sigma_points import matched_gradient, signs_of
-from ._layout import Member, check_not_traced
+from ._layout import Member
+from ._recognition import check_not_traced
 from ._sweep import Role
 
 __all__ = ["are_jointly_quadratic", "find_roles"]

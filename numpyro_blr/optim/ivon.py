@@ -21,7 +21,8 @@ from numpyro.optim import _NumPyroOptim
 from . import _ivon, _options, _svi, _weights
 from ._gaussian import all_finite, select
 from ._ivon import Prior, Settings, State, Weights
-from ._layout import Layout, recognise
+from ._layout import Layout
+from ._recognition import recognise
 
 __all__ = ["IVON", "IVONState"]
 

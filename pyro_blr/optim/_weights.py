@@ -22,7 +22,8 @@ from torch.distributions import constraints
 
 from . import _ivon
 from ._ivon import Prior, Settings, State, Weights
-from ._layout import Layout, recognise, subsampled, undisturbed, unwrap
+from ._layout import Layout, subsampled, undisturbed, unwrap
+from ._recognition import recognise
 from ._svi import frame_of
 
 __all__ = [

@@ -1,7 +1,7 @@
 """The Bayesian learning rule as an optimizer for Pyro's SVI: which rule moves which parameter.
 
 The rules themselves are `_gaussian.py` (Gaussian sites, at a rate that is given or that the draws choose),
-`_recycled.py` (the same with the draws of earlier steps) and `_sweep.py` (sites of other families); `_layout.py` says
+`_recycled.py` (the same with the draws of earlier steps) and `_sweep.py` (sites of other families); `_recognition.py` says
 which parameters are which site's.
 
 Source: Khan & Rue 2023, "The Bayesian Learning Rule"; Khan 2025, arXiv 2509.15641.
@@ -45,7 +45,8 @@ from ..gradients import (
 from . import _options, _rate, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
 from ._gaussian import State, all_finite, beside, field_of, init, scales_of, step, tempered
-from ._layout import Layout, gather, gather_members, joined, recognise, scatter, scatter_members
+from ._layout import Layout, gather, gather_members, joined, scatter, scatter_members
+from ._recognition import recognise
 from ._traced import Traced, Tracer
 
 __all__ = ["BLR", "OptState", "State", "init", "scales_of", "step", "tempered"]
