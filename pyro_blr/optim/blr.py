@@ -1,8 +1,8 @@
 """The Bayesian learning rule as an optimizer for Pyro's SVI: which rule moves which parameter.
 
 The rules themselves are `_gaussian.py` (Gaussian sites, at a rate that is given or that the draws choose),
-`_recycled.py` (the same with the draws of earlier steps) and `_sweep.py` (sites of other families); `_recognition.py` says
-which parameters are which site's.
+`_recycled.py` (the same with the draws of earlier steps) and `_sweep.py` (sites of other families);
+`_recognition.py` says which parameters are which site's.
 
 Source: Khan & Rue 2023, "The Bayesian Learning Rule"; Khan 2025, arXiv 2509.15641.
 """
