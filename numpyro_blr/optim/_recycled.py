@@ -327,7 +327,7 @@ def _fresh(
         )
         finite = all_finite(values, gradients, hessians)
         found = tuple(
-            lax.dynamic_update_index_in_dim(stack, jnp.where(finite, value, 0), number, 0)
+            lax.dynamic_update_index_in_dim(stack, value, number, 0)
             for stack, value in zip(found, (values, gradients, hessians), strict=True)
         )
         return number + 1, found, finite, evaluations + 2 * cost
@@ -342,8 +342,14 @@ def _fresh(
     pairs = jnp.stack([noise, -noise], 1)
     energies = losses + constant + (pairs**2).sum(-1) / (2 * temperature)  # ℓ/τ
     num_finite = number - (~usable).astype(jnp.int32)
-    found = pairs, energies, gradients, hessians
-    pool = recycled.append(state.recycling.pool, blocks, state.loc, scales, *found, num_finite)
+    there = jnp.arange(max_pairs, dtype=jnp.int32) < num_finite
+    pairs, energies, gradients, hessians = (
+        jnp.where(jnp.expand_dims(there, range(1, array.ndim)), array, 0)
+        for array in (pairs, energies, gradients, hessians)
+    )
+    pool = recycled.append(
+        state.recycling.pool, blocks, state.loc, scales, pairs, energies, gradients, hessians, num_finite
+    )
     return number, pool, losses, usable, evaluations
 
 
