@@ -34,7 +34,9 @@ from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from tqdm import tqdm
 
 from .gradients import recycled
+from .guides import AutoExponentialFamily
 from .optim import _rate
+from .optim._layout import Layout
 from .optim.blr import BLR, OptState, scales_of
 from .results import MAX_PARETO_K, Fit, arviz_is_installed, pareto_k
 
@@ -119,7 +121,10 @@ def fit(
     optimizer = _checked(guide, learning_rate, max_steps, optimizer, tolerance, compile)
     svi = SVI(model, guide(model) if isinstance(guide, type) else guide, optimizer, loss or Trace_ELBO())
     rng_key = jax.random.key(0) if rng_key is None else rng_key
-    state = svi.init(rng_key, *args, **kwargs)
+    with warnings.catch_warnings():
+        if isinstance(svi.guide, AutoExponentialFamily):  # whose discrete sites need no gradient of a draw
+            warnings.filterwarnings("ignore", ".*does not support models with discrete latent variables")
+        state = svi.init(rng_key, *args, **kwargs)
     opt_state: OptState = state.optim_state[1]
     minibatch = _subsamples(svi, args, kwargs)
     basis = _basis(optimizer, opt_state, minibatch)
@@ -384,13 +389,19 @@ def _warn(result: Fit, opt_state: OptState, max_steps: int) -> None:
     if math.isinf(result.elbo):
         warn(f"the log density is not finite at one of {FRESH_DRAWS} draws of the guide or more, so its ELBO is −∞.")
     if result.converged and result.pareto_k > MAX_PARETO_K:  # else it may be the fit, and not the family
-        full_rank = [block.structure for block in opt_state.layout.blocks] == ["dense"]
-        richer = "Reparametrise" if full_rank else "Try a full-rank guide (AutoMultivariateNormal), or reparametrise"
         warn(
             f"the guide does not cover the posterior: the Pareto k̂ of its importance weights is {result.pareto_k:.2f}, "
-            f"and above {MAX_PARETO_K} its means and variances are not to be trusted. {richer} the model (non-centred "
-            "hierarchies: LocScaleReparam)."
+            f"and above {MAX_PARETO_K} its means and variances are not to be trusted. {_way_out(opt_state.layout)}"
         )
+
+
+def _way_out(layout: Layout) -> str:
+    """Of a guide that does not cover the posterior."""
+    if any(member.family.discrete for member in layout.members):
+        return "Sum over its discrete sites in the model, where you can: a mixture distribution, or enumeration."
+    full_rank = [block.structure for block in layout.blocks] == ["dense"]
+    richer = "Reparametrise" if full_rank else "Try a full-rank guide (AutoMultivariateNormal), or reparametrise"
+    return f"{richer} the model (non-centred hierarchies: LocScaleReparam)."
 
 
 def _show(bar: Any, num_steps: int, check: Check) -> None:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from .gradients import recycled
 from .optim import _rate
 from .optim._gaussian import field_of
-from .optim._layout import undisturbed
+from .optim._layout import Layout, undisturbed
 from .optim.blr import BLR, OptState, scales_of
 from .results import MAX_PARETO_K, Fit, Fitted, arviz_is_installed, pareto_k
 
@@ -386,13 +386,19 @@ def _warn(result: Fit, opt_state: OptState, max_steps: int) -> None:
     if math.isinf(result.elbo):
         warn(f"the log density is not finite at one of {FRESH_DRAWS} draws of the guide or more, so its ELBO is −∞.")
     if result.converged and result.pareto_k > MAX_PARETO_K:  # else it may be the fit, and not the family
-        full_rank = [block.structure for block in opt_state.layout.blocks] == ["dense"]
-        richer = "Reparametrise" if full_rank else "Try a full-rank guide (AutoMultivariateNormal), or reparametrise"
         warn(
             f"the guide does not cover the posterior: the Pareto k̂ of its importance weights is {result.pareto_k:.2f}, "
-            f"and above {MAX_PARETO_K} its means and variances are not to be trusted. {richer} the model (non-centred "
-            "hierarchies: LocScaleReparam)."
+            f"and above {MAX_PARETO_K} its means and variances are not to be trusted. {_way_out(opt_state.layout)}"
         )
+
+
+def _way_out(layout: Layout) -> str:
+    """Of a guide that does not cover the posterior."""
+    if any(member.family.discrete for member in layout.members):
+        return "Sum over its discrete sites in the model, where you can: a mixture distribution, or enumeration."
+    full_rank = [block.structure for block in layout.blocks] == ["dense"]
+    richer = "Reparametrise" if full_rank else "Try a full-rank guide (AutoMultivariateNormal), or reparametrise"
+    return f"{richer} the model (non-centred hierarchies: LocScaleReparam)."
 
 
 def _show(bar: Any, num_steps: int, check: Check) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -292,6 +293,29 @@ def test_a_family_that_cannot_fit_is_said(backend):
     with pytest.warns(UserWarning, match="does not cover the posterior.*AutoMultivariateNormal.*reparametrise"):
         result = backend.fit(funnel, "AutoNormal", (), max_steps=300, tolerance=0.5)
     assert result.pareto_k > 0.7
+
+
+def switched(host):
+    """Of two components, where every datum knows its own: the weight and the choices hang together."""
+
+    def model(x):
+        weight = host.sample("weight", host.dist.Beta(host.array(1.0), 1.0))
+        for i in range(4):
+            choice = host.sample(f"choice_{i}", host.dist.Bernoulli(weight))
+            host.sample(f"x_{i}", host.dist.Normal(3.0 * choice, 1.0), obs=x[i])
+
+    return model
+
+
+def test_of_discrete_sites_that_it_does_not_cover_a_fit_says_another_way_out(backend):
+    """And the host's warning, that their gradients are wrong, is not passed on: no draw of them is differentiated."""
+    pytest.importorskip("arviz")
+    with backend.promotion(lax=True), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = backend.fit(switched, "AutoExponentialFamily", (np.array([0.0, 0.2, 3.0, 2.5]),))
+    assert result.converged and result.pareto_k > 0.7
+    (text,) = [str(warning.message) for warning in said if issubclass(warning.category, UserWarning)]
+    assert "does not cover the posterior" in text and text.endswith("a mixture distribution, or enumeration.")
 
 
 def test_a_parameter_of_the_model_is_fitted_with_the_guide(backend):

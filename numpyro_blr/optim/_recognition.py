@@ -160,13 +160,24 @@ def _probe(
     for name, value in params.items():
         if isinstance(value, Natural):
             check_not_traced(value)
-            probes[name] = value.widened(generator.uniform(0.5, 1.0))
+            probes[name] = _other_than(value, generator)
         elif isinstance(value, jax.Array):
             probes[name] = generator.normal(scale=0.1, size=value.shape).astype(value.dtype)
     # compiled ahead of time, so that the values are concrete even where SVI.init itself is being traced by jit or vmap
     with block():
         compiled = jax.jit(run).lower(probes).compile()
     return messages, *compiled(probes)
+
+
+def _other_than(natural: Natural, generator: np.random.Generator) -> Natural:
+    """A member that is like none of another site: on the ray to λ, or beside λ where no ray leads away from it.
+
+    That is so at λ = 0, and of finitely many values at any constant λ; λ is then free to go to all sides.
+    """
+    finite = natural.discrete and natural.num_values is not None
+    if any(np.any(leaf) for leaf in jax.tree.leaves(natural)) and not finite:
+        return natural.widened(generator.uniform(0.5, 1.0))
+    return jax.tree.map(lambda leaf: leaf + generator.normal(scale=0.1, size=leaf.shape).astype(leaf.dtype), natural)
 
 
 def check_not_traced(arrays: Any) -> None:

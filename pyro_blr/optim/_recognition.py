@@ -227,14 +227,26 @@ def _random_values(params: list[Tensor]):
             families[name] = noted[0]
             naturals.setdefault(name, {})[noted[1]] = param
         for name, parts in naturals.items():
-            natural = families[name](**{key: part.data for key, part in parts.items()})
-            wider = natural.widened(float(0.5 + 0.5 * torch.rand((), generator=generator)))
+            other = _other_than(families[name](**{key: part.data for key, part in parts.items()}), generator)
             for key, part in parts.items():
-                part.data.copy_(getattr(wider, key))
+                part.data.copy_(getattr(other, key))
         yield
     finally:
         for param, value in zip(params, before, strict=True):
             param.data.copy_(value)
+
+
+def _other_than(natural: Natural, generator: torch.Generator) -> Natural:
+    """A member that is like none of another site: on the ray to λ, or beside λ where no ray leads away from it.
+
+    That is so at λ = 0, and of finitely many values at any constant λ; λ is then free to go to all sides.
+    """
+    leaves = {item.name: getattr(natural, item.name) for item in fields(natural)}  # type: ignore[arg-type]
+    finite = natural.discrete and natural.num_values is not None
+    if any(leaf.any() for leaf in leaves.values()) and not finite:
+        return natural.widened(float(0.5 + 0.5 * torch.rand((), generator=generator)))
+    noise = {name: torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) for name, leaf in leaves.items()}
+    return type(natural)(**{name: leaf + 0.1 * noise[name].to(leaf.device) for name, leaf in leaves.items()})
 
 
 class _Match(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -338,6 +340,36 @@ def test_minibatches_that_say_the_same_as_all_data_give_the_exact_posterior(back
 
     fit = backend.start_families(make, (np.full(12, value),), {}, learning_rate=1.0)
     assert_natural(fit.run(1).naturals(), posterior, rtol=1e-8)
+
+
+def test_sites_that_start_at_the_same_natural_parameters_are_told_apart(backend):
+    """At λ = 0, which no factor moves: two fair coins that have data, and two dice that have none."""
+
+    def make(host):
+        def model(y):
+            coins = [host.sample(f"coin_{name}", host.dist.Bernoulli(host.array(0.5))) for name in "ab"]
+            for name in "ab":
+                host.sample(f"die_{name}", host.dist.Categorical(host.array([0.25] * 4)))
+            host.sample("y", host.dist.Normal(2.0 * coins[0] - 3.0 * coins[1], 1.0), obs=y)
+
+        return model
+
+    with backend.promotion(lax=True), warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*belong to no site")
+        naturals = backend.start_families(make, (np.array(2.0),), {}, learning_rate=1.0).run(30).naturals()
+    density = -((2.0 - np.array([[0.0, -3.0], [2.0, -1.0]])) ** 2) / 2  # of y, by both coins
+    logits = np.array([naturals["coin_a"][0], naturals["coin_b"][0]])
+    (not_a, not_b), (a, b) = 1 / (1 + np.exp(logits)), 1 / (1 + np.exp(-logits))
+    assert_natural(
+        naturals,
+        {
+            "coin_a": ((density[1] - density[0]) @ [not_b, b],),  # coordinate ascent's fixed point
+            "coin_b": ((density[:, 1] - density[:, 0]) @ [not_a, a],),
+        },
+        rtol=1e-8,
+    )
+    for name in "ab":
+        assert np.ptp(naturals[f"die_{name}"][0]) < 1e-12
 
 
 def test_sites_that_meet_under_one_value_of_a_switch_alone_are_not_taken_for_strangers(backend):
