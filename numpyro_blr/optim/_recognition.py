@@ -89,12 +89,20 @@ def recognise(
     claimed |= {param for member in members for param in member.params}
     others = tuple(name for name in params if name not in claimed and not _is_empty(params[name]))
     layout = Layout(tuple(sites), tuple(members), others)
-    if sites or not arrays:  # with maximum likelihood, the guide has no site at all
+    known = {site.name for site in sites} | {site for member in members for site in member.sites}
+    if (sites or not arrays) and not _draws(
+        guide_trace, set(arrays) - known
+    ):  # for maximum likelihood there is no site
         layout = _with_points(layout, params, points)
     _report(layout, guide_trace, params, rule)
     if rule == "BLR":  # IVON has its own word for subsampled sites
         _check_plates(svi, layout, guide_trace)
     return layout
+
+
+def _draws(guide_trace: dict, unknown: set[str]) -> bool:
+    """Whether the guide draws values by itself at sites that are not known; a Newton step would follow them."""
+    return any(not isinstance(unwrap(guide_trace[name]["fn"])[0], dist.Delta) for name in unknown)
 
 
 def _with_points(layout: Layout, params: Mapping[str, Any], most: int) -> Layout:

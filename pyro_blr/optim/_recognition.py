@@ -113,12 +113,19 @@ def recognise(
         others=dict(sorted(others.items())),
         made=frozenset(made),
     )
-    if sites or not probe.samples:  # with maximum likelihood, the guide has no site at all
+    known = {site.name for site in sites} | {site for member in members for site in member.sites}
+    if (sites or not probe.samples) and not _draws(probe, known):  # for maximum likelihood there is no site at all
         layout = _with_points(layout, points)
     _report(layout, probe, rule, alone)
     if rule == "BLR":  # IVON has its own word for subsampled sites
         _check_plates(loss, layout, probe, learned_scales_only)
     return layout
+
+
+def _draws(probe: Probe, known: set[str]) -> bool:
+    """Whether the guide draws values by itself at other sites than the known ones; a Newton step would follow them."""
+    unknown = (message for name, message in probe.samples.items() if name not in known)
+    return any(not isinstance(unwrap(message["fn"])[0], dist.Delta) for message in unknown)
 
 
 def _with_points(layout: Layout, most: int) -> Layout:

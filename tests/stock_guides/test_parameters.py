@@ -198,6 +198,34 @@ def test_many_parameters_of_no_site_and_those_of_a_given_optimizer_are_no_points
     start_warned(backend, "weights", make_model, normal, **options)
 
 
+def test_parameters_of_a_site_that_the_guide_draws_by_itself_are_no_points(backend):
+    """A Newton step in them would follow that site's noise: in AutoHierarchicalNormalMessenger to where all is lost."""
+
+    def make_model(host):
+        def model(y):
+            center = host.sample("center", host.dist.Normal(0.0, 2.0))
+            z = host.sample("z", host.dist.Normal(center, 1.0))
+            host.sample("y", host.dist.Normal(z, 0.5), obs=y)
+
+        return model
+
+    def make_guide(host, model):
+        def guide(y):
+            positive = host.constraints.positive
+            scale = host.param("scale", host.array(0.8), constraint=positive)
+            center = host.sample("center", host.dist.Normal(host.param("loc", host.array(0.0)), scale))
+            shift, width = (
+                host.param("shift", host.array(0.0)),
+                host.param("width", host.array(0.9), constraint=positive),
+            )
+            host.sample("z", host.dist.Normal(shift + 0.8 * center, width))
+
+        return guide
+
+    fit = start_warned(backend, "shift, width", make_model, make_guide)
+    assert_allclose(np.abs(fit.params["shift"]), 0.01, rtol=1e-3)  # a step of Adam
+
+
 @pytest.mark.parametrize("options", [{}, {"learning_rate": 1.0}], ids=["automatic", "rate 1"])
 @pytest.mark.parametrize("made", [exponential, softplus], ids=lambda made: made.__name__)
 def test_a_scale_that_the_guide_makes_by_exp_or_softplus_is_the_gaussians(backend, made, options):
