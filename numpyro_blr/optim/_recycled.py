@@ -342,7 +342,7 @@ def _fresh(
     pairs = jnp.stack([noise, -noise], 1)
     energies = losses + constant + (pairs**2).sum(-1) / (2 * temperature)  # ℓ/τ
     num_finite = number - (~usable).astype(jnp.int32)
-    there = jnp.arange(max_pairs, dtype=jnp.int32) < num_finite
+    there = jnp.arange(max_pairs, dtype=jnp.int32) < num_finite  # the others may be no numbers, at any weight
     pairs, energies, gradients, hessians = (
         jnp.where(jnp.expand_dims(there, range(1, array.ndim)), array, 0)
         for array in (pairs, energies, gradients, hessians)
