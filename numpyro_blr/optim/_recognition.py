@@ -90,9 +90,8 @@ def recognise(
     others = tuple(name for name in params if name not in claimed and not _is_empty(params[name]))
     layout = Layout(tuple(sites), tuple(members), others)
     known = {site.name for site in sites} | {site for member in members for site in member.sites}
-    if (sites or not arrays) and not _draws(
-        guide_trace, set(arrays) - known
-    ):  # for maximum likelihood there is no site
+    # for maximum likelihood there is no site at all
+    if (sites or not arrays) and not _draws(guide_trace, set(arrays) - known):
         layout = _with_points(layout, params, points)
     _report(layout, guide_trace, params, rule)
     if rule == "BLR":  # IVON has its own word for subsampled sites

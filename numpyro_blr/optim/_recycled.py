@@ -82,7 +82,7 @@ class Recycling:
 def init(loc: Array, scales: tuple[Any, ...], max_pairs: int) -> Recycling:
     """No draws yet, and room for 512, or as many as have four million numbers in their Hessians; at least for 16."""
     eights = min(MAX_PAIRS, MAX_NUMBERS // (2 * len(loc) ** 2)) // 8
-    num_pairs = max(8 * eights, 8, 4 * max_pairs)
+    num_pairs = max(8 * eights, 8, recycled.FORGOTTEN * max_pairs)
     return Recycling(
         pool=recycled.init(num_pairs, loc, scales),
         frame=orthogonal.init(loc, max_pairs),

@@ -114,7 +114,8 @@ def recognise(
         made=frozenset(made),
     )
     known = {site.name for site in sites} | {site for member in members for site in member.sites}
-    if (sites or not probe.samples) and not _draws(probe, known):  # for maximum likelihood there is no site at all
+    # for maximum likelihood there is no site at all
+    if (sites or not probe.samples) and not _draws(probe, known):
         layout = _with_points(layout, points)
     _report(layout, probe, rule, alone)
     if rule == "BLR":  # IVON has its own word for subsampled sites
