@@ -652,6 +652,8 @@ def test_an_infinite_loss_is_returned_by_update_and_not_a_number_for_stable_upda
     check_same(stable[0].optim_state[1].params, start.optim_state[1].params)
     assert plain[1] == np.inf
     assert np.isnan(stable[1])
+    pool = plain[0].optim_state[1].gaussian.recycling.pool
+    assert np.isfinite(pool.values).all()  # in the rows to come, too: no weight of zero makes a number of them
 
 
 # ---------------------------------------------------------------------------------------------------------------------
