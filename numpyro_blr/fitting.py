@@ -33,6 +33,8 @@ from numpyro.handlers import replay, seed, trace
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from tqdm import tqdm
 
+from .compiling import quick
+from .draws import Draws
 from .gradients import recycled
 from .guides import AutoExponentialFamily
 from .optim import _rate
@@ -49,7 +51,6 @@ MIN_AVERAGED, MAX_AVERAGED_RATE, MAX_DRIFT, NEGLIGIBLE = 60, 0.1, 1.0, 1e-3  # a
 MIN_IN_QUARTER, CREEPING = 2, 0.5
 MAX_FOLLOWED = 1000  # parameters of other optimizers
 FRESH_DRAWS = 300
-_MAX_UNOPTIMIZED = 2**14  # numbers in the arguments up to which compiling takes longer than the steps
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def fit(
         loss: an ELBO of the host; `Trace_ELBO()` if None.
         optimizer: a BLR with other options than its learning rate, in place of `learning_rate`.
         tolerance: nats by which the ELBO may fall short for Monte Carlo noise.
-        compile: False runs the steps without `jax.jit`: slow, and every value can be looked at. "auto" compiles small
-            models with fewer optimizations than True, which is sooner done.
+        compile: False runs the steps without `jax.jit`: slow, and every value can be looked at. "auto" compiles with
+            fewer optimizations than True, which is sooner done.
 
     Raises:
         TypeError, ValueError: for an argument out of range, and what BLR raises for the guide, the loss and the rate.
@@ -168,6 +169,7 @@ def fit(
         args=args,
         kwargs=kwargs,
         rng_key=rng_key,
+        draws=Draws(svi, params, args, kwargs, rng_key),
     )
     result = _at_fresh_draws(result, basis)
     _warn(result, opt_state, max_steps)
@@ -440,10 +442,8 @@ def _at_end(opt_state: OptState) -> _AtEnd | None:
 
 def _advance_compiled(svi: SVI, args: tuple, kwargs: dict, max_steps: int, *, optimized: bool) -> Callable:
     """(state, number of steps) -> (state, losses [max_steps], at the end), one program for any number of steps."""
-    size = sum(np.size(leaf) for leaf in jax.tree.leaves((args, kwargs)))
-    options = None if optimized or size > _MAX_UNOPTIMIZED else {"xla_backend_optimization_level": 0}
 
-    @partial(jax.jit, compiler_options=options)
+    @partial(jax.jit, compiler_options=None if optimized else quick(args, kwargs))
     def advance(state: Any, num_steps: Array) -> tuple[Any, Array, _AtEnd | None]:
         def step(number: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
             state, losses = carry

@@ -15,12 +15,13 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-import jax
 import numpy as np
-from jax import Array, lax, random
+from jax import Array, random
 from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer import SVI
 from numpyro.infer.util import log_density
+
+from .draws import Draws
 
 __all__ = ["Fit", "arviz_is_installed", "pareto_k"]
 
@@ -53,6 +54,7 @@ class Fit:
         svi, state: to continue, by `svi.update`.
         args, kwargs: of the model.
         rng_key: that the fit began with.
+        draws: of the guide.
     """
 
     params: dict[str, Any]
@@ -73,6 +75,7 @@ class Fit:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rng_key: Array
+    draws: Draws
 
     @property
     def guide(self) -> Any:
@@ -105,7 +108,7 @@ class Fit:
 
         The same draws at every call.
         """
-        return self._draws(num_draws)[0]
+        return self.draws(num_draws)[0]
 
     def psis(self, num_draws: int = 1000) -> float:
         """The Pareto k̂ of the importance weights at draws of the guide; 0 where all weights are equal to rounding.
@@ -121,7 +124,7 @@ class Fit:
 
     def log_weights(self, num_draws: int) -> np.ndarray:
         """log p(D, z) − log q(z) at fresh draws of the guide, [num_draws]; their mean is the ELBO."""
-        return np.asarray(self._draws(num_draws)[1], float)
+        return np.asarray(self.draws(num_draws)[1], float)
 
     def to_arviz(self, num_draws: int = 1000) -> Any:
         """An `arviz.InferenceData` with one chain of draws of the guide, and the observed data.
@@ -133,7 +136,7 @@ class Fit:
             ImportError: ArviZ is not installed.
         """
         arviz = _arviz()
-        values, log_weights = self._draws(num_draws)
+        values, log_weights = self.draws(num_draws)
         sample_stats = None if self.no_weights else {"log_weight": np.asarray(log_weights)[None]}
         return arviz.from_dict(
             posterior={name: np.asarray(value)[None] for name, value in values.items()},
@@ -174,30 +177,12 @@ class Fit:
         verdict = "the guide covers the posterior" if self.pareto_k <= MAX_PARETO_K else "the guide misses a part of it"
         return f"{self.pareto_k:.2f}: {verdict}"
 
-    def _draws(self, num_draws: int) -> tuple[dict[str, Array], Array]:
-        """Draws of the guide by site of the model, and log p(D, z) − log q(z)."""
-
-        def draw(rng_key: Array) -> tuple[dict[str, Array], Array]:
-            guide_key, model_key = random.split(rng_key)
-            guide, model = seed(self.guide, guide_key), seed(self.svi.model, model_key)
-            log_q, guide_trace = log_density(guide, self.args, self.kwargs, self.params)
-            log_p, model_trace = log_density(replay(model, guide_trace), self.args, self.kwargs, self.params)
-            values = {name: site["value"] for name, site in model_trace.items() if _is_drawn(site)}
-            return values, log_p - log_q
-
-        keys = random.split(random.fold_in(self.rng_key, num_draws), num_draws)
-        return jax.jit(lambda keys: lax.map(draw, keys))(keys)  # one after the other: as little memory as a step
-
     def _observed(self) -> dict[str, np.ndarray]:
         guide, model = seed(self.guide, random.key(0)), seed(self.svi.model, random.key(0))
         _, guide_trace = log_density(guide, self.args, self.kwargs, self.params)
         sites = trace(substitute(replay(model, guide_trace), self.params)).get_trace(*self.args, **self.kwargs)
         observed = {name: site for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]}
         return {name: np.asarray(site["value"]) for name, site in observed.items()}
-
-
-def _is_drawn(site: dict[str, Any]) -> bool:
-    return site["type"] == "deterministic" or (site["type"] == "sample" and not site["is_observed"])
 
 
 def _nats(value: float) -> str:

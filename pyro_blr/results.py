@@ -26,6 +26,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from .optim._layout import undisturbed
+from .optim._options import checked_count
 
 __all__ = ["Fit", "arviz_is_installed", "pareto_k"]
 
@@ -221,7 +222,7 @@ class Fit:
 
     def _draws(self, num_draws: int) -> tuple[dict[str, Tensor], Tensor]:
         """Draws of the guide by site of the model, and log p(D, z) − log q(z)."""
-        values, log_weights = [], []
+        values, log_weights, num_draws = [], [], checked_count("num_draws", num_draws)
         with undisturbed(self.seed + num_draws), torch.no_grad(), self.fitted.restored():
             for _ in range(num_draws):
                 guide_trace, model_trace = self._traces()

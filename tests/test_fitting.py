@@ -396,6 +396,18 @@ def test_to_arviz_has_the_sites_the_weights_and_the_data(of_poisson):
     assert_allclose(data.observed_data["y"], poisson_data()[1])
 
 
+def test_as_many_draws_as_are_asked_for_each_a_new_one(backend, of_poisson):
+    for num_draws in (1, 250):
+        drawn = backend.to_numpy(of_poisson.sample(num_draws)["weights"])
+        assert drawn.shape == (num_draws, cases.DIMENSION) and len(np.unique(drawn[:, 0])) == num_draws
+
+
+@pytest.mark.parametrize(("num_draws", "error"), [(0, ValueError), (2.5, TypeError)])
+def test_a_number_of_draws_that_is_none_is_refused(of_poisson, num_draws, error):
+    with pytest.raises(error, match="num_draws must be"):
+        of_poisson.sample(num_draws)
+
+
 def test_plot_has_three_axes(of_poisson):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     figure = of_poisson.plot()
@@ -460,3 +472,20 @@ def test_pyro_gives_the_same_numbers_traced_and_not(pyro_bridge):
     assert_allclose(results[0].losses, results[1].losses, rtol=1e-8)
     for name, value in results[0].params.items():
         assert_allclose(value, results[1].params[name], rtol=1e-8)
+
+
+def test_numpyro_compiles_draws_once_for_any_number(numpyro_bridge):
+    pytest.importorskip("arviz")
+    result = _of_poisson(numpyro_bridge)
+    for num_draws in (3, 100, 101):
+        result.sample(num_draws)
+    assert result.draws._page._cache_size() == 1, "that of the fit's own"
+
+
+def test_numpyro_leaves_away_what_takes_longer_than_a_fit_s_steps(numpyro_bridge, monkeypatch):
+    compiling = numpyro_bridge.module("compiling")
+    small, large = (compiling.quick(np.zeros(size)) for size in (10, compiling.MAX_UNOPTIMIZED + 1))
+    assert small["xla_backend_optimization_level"] == 0 and "xla_backend_optimization_level" not in large
+    assert not compiling._is_known("xla_of_another_version", True), "which XLA would refuse"
+    monkeypatch.setattr(compiling.jax, "default_backend", lambda: "gpu")
+    assert not any(name.startswith("xla_cpu") for name in compiling.quick(np.zeros(10)))

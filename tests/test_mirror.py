@@ -107,8 +107,8 @@ DIFFERENCES = {
         "BLR.advance", "BLR.traced_reason",  # a step on the traced loss, without the host's own evaluation
     },
 }  # fmt: skip
-ALONE = {  # JAX traces by itself and has arrays of a fixed size; NumPyro lifts modules; torch's noise is a fast one
-    "numpyro_blr": {"gradients/_paged.py", "optim/_noise.py"},
+ALONE = {  # JAX compiles, traces by itself, has arrays of a fixed size; NumPyro lifts modules; torch has fast noise
+    "numpyro_blr": {"compiling.py", "draws.py", "gradients/_paged.py", "optim/_noise.py"},
     "pyro_blr": {"guides/bayesian_module.py", "optim/_graph.py", "optim/_rewriting.py", "optim/_traced.py"},
 }
 COMMON = {
