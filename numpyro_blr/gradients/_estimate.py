@@ -83,7 +83,7 @@ class Estimate(NamedTuple):
     hessian: Array
     others: Any
     extras: Extras
-    evaluations: int = 0
+    evaluations: Any = 0
 
 
 def value_and_gradients(objective: Objective, argnums: tuple[int, ...], forward: bool) -> Callable:
@@ -103,7 +103,7 @@ def value_and_gradients(objective: Objective, argnums: tuple[int, ...], forward:
 
 
 def average_over_pairs(
-    losses: Array, gradients: Array, hessian: Array, others: Any, extras: Extras, cost: int
+    losses: Array, gradients: Array, hessian: Array, others: Any, extras: Extras, cost: Any
 ) -> Estimate:
     """The estimate from S draws stacked along the first axis, ordered as `Draws` orders them; `cost` of each."""
     num_pairs = len(losses) // 2

@@ -1,4 +1,4 @@
-"""H u along given directions u by differences of the gradient, where the model gives it no derivative.
+"""H u along given directions u by differences of the gradient, where the model gives it no finite derivative.
 
     H u ≈ [g(z + h u) − g(z − h u)] / 2h,        u in standard deviations of q, h = 0.03.
 
@@ -20,7 +20,7 @@ from jax import Array
 from ..families import Block
 from .recycled import scaled
 
-__all__ = ["NO_DERIVATIVE", "Products", "by_differences", "by_forward_mode", "standard_deviations"]
+__all__ = ["NO_DERIVATIVE", "Products", "by_differences", "by_forward_mode", "standard_deviations", "where_known"]
 
 STEP = 0.03
 NO_DERIVATIVE = (TypeError, NotImplementedError)  # of a function with a derivative of its own, or without a second
@@ -43,6 +43,17 @@ def by_differences(gradient: Gradient, loc: Array, directions: Array) -> tuple[A
     """The same."""
     difference = jax.vmap(lambda u: gradient(loc + STEP * u)[0] - gradient(loc - STEP * u)[0])
     return difference(directions) / (2 * STEP), gradient(loc)[1]
+
+
+def where_known(products: Array, gradients: Array, differences: Callable[[], Array]) -> tuple[Array, Array]:
+    """`products`, or `differences()` where they are not finite and the gradients are; and whether it is these."""
+    unknown = ~jnp.isfinite(products).all() & jnp.isfinite(gradients).all()
+
+    def once(_: Any) -> tuple[Array, Array]:
+        return differences(), jnp.zeros((), bool)
+
+    # a loop, since `cond` evaluates both sides where a user maps over fits
+    return jax.lax.while_loop(lambda carry: carry[1], once, (products, unknown))[0], unknown
 
 
 def standard_deviations(blocks: tuple[Block, ...], scales: tuple[Array | None, ...], noise: Array) -> Array:

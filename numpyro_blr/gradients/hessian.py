@@ -1,8 +1,8 @@
 """Price's theorem at second order: E_q[H] is the average of Hessians, E_q[g] of gradients, over antithetic pairs.
 
 On a quadratic ℓ every Hessian is the same and a pair's gradient noise cancels, so one pair is exact. Costs D + 1
-gradients a draw, D of them vectorised, or 2 D + 1 where the model has one derivative only (`_second.py`); the automatic
-choice up to a few hundred coordinates.
+gradients a draw, D of them vectorised, or 2 D + 1 where the model has one derivative only (`_second.py`), and 2 D more
+where the second is not finite; the automatic choice up to a few hundred coordinates.
 
 Source: Khan & Rue 2023, equations 9 and 10; Opper & Archambeau 2009.
 """
@@ -17,7 +17,7 @@ from jax import Array
 
 from ..families import Block
 from ._estimate import Draws, Estimate, Extras, Objective, average_over_pairs, value_and_gradients
-from ._second import NO_DERIVATIVE, Products, by_differences, by_forward_mode, standard_deviations
+from ._second import NO_DERIVATIVE, Products, by_differences, by_forward_mode, standard_deviations, where_known
 
 __all__ = ["hessian", "hessians_at"]
 
@@ -48,7 +48,7 @@ def hessians_at(
     blocks: tuple[Block, ...],
     *,
     forward: bool = False,
-) -> tuple[Array, Array, Array, Any, Extras, int]:
+) -> tuple[Array, Array, Array, Any, Extras, Any]:
     """(∇²ℓ [S, D, D], losses [S], ∇ℓ [S, D], gradients of `others`, extras), one for each draw, and the cost of one."""
     evaluate = value_and_gradients(objective, (0, 2), forward)
     identity = jnp.eye(len(loc), dtype=loc.dtype)
@@ -64,11 +64,16 @@ def hessians_at(
 
         return jax.vmap(at_draw)(draws)
 
-    try:
-        matrices, *rest = at_every_draw(by_forward_mode, identity)
-        cost = len(loc) + 1
-    except NO_DERIVATIVE:
+    def in_differences() -> tuple[Any, ...]:
         columns = standard_deviations(blocks, scales, identity)  # Cᵀ, so that the products are Cᵀ H
         products, *rest = at_every_draw(by_differences, columns)
-        matrices, cost = jnp.linalg.solve(columns, products), 2 * len(loc) + 1
-    return (matrices + jnp.swapaxes(matrices, 1, 2)) / 2, *rest, cost  # type: ignore[return-value]
+        return jnp.linalg.solve(columns, products), *rest
+
+    try:
+        matrices, losses, gradients, g_others, extras = at_every_draw(by_forward_mode, identity)
+        matrices, missing = where_known(matrices, gradients, lambda: in_differences()[0])
+        cost: Any = jnp.where(missing, 3, 1) * len(loc) + 1
+    except NO_DERIVATIVE:
+        matrices, losses, gradients, g_others, extras = in_differences()
+        cost = 2 * len(loc) + 1
+    return (matrices + jnp.swapaxes(matrices, 1, 2)) / 2, losses, gradients, g_others, extras, cost

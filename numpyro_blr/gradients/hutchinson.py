@@ -20,7 +20,7 @@ from jax import Array
 
 from ..families import Block
 from ._estimate import Draws, Estimate, Objective, average_over_pairs, value_and_gradients
-from ._second import NO_DERIVATIVE, Products, by_differences, by_forward_mode, standard_deviations
+from ._second import NO_DERIVATIVE, Products, by_differences, by_forward_mode, standard_deviations, where_known
 
 __all__ = ["hutchinson", "parted"]
 
@@ -53,12 +53,17 @@ def hutchinson(
 
         return jax.vmap(at_draw)(draws, probes)
 
+    def in_differences() -> tuple[Any, ...]:
+        return at_every_draw(by_differences, standard_deviations(blocks, scales, jnp.ones_like(loc)))
+
+    cost: Any = 1 + 2 * probes.shape[1]
     try:
         diagonals, losses, gradients, g_others, extras = at_every_draw(by_forward_mode, jnp.ones_like(loc))
+        diagonals, missing = where_known(diagonals, gradients, lambda: in_differences()[0])
+        cost += jnp.where(missing, cost - 1, 0)
     except NO_DERIVATIVE:
-        unit = standard_deviations(blocks, scales, jnp.ones_like(loc))
-        diagonals, losses, gradients, g_others, extras = at_every_draw(by_differences, unit)
-    return average_over_pairs(losses, gradients, diagonals, g_others, extras, cost=1 + 2 * probes.shape[1])
+        diagonals, losses, gradients, g_others, extras = in_differences()
+    return average_over_pairs(losses, gradients, diagonals, g_others, extras, cost)
 
 
 def parted(signs: Array, blocks: tuple[Block, ...]) -> Array:

@@ -1,11 +1,12 @@
-"""H u along given directions u by differences of the gradient, where the model gives it no derivative.
+"""H u along given directions u by differences of the gradient, where the model gives it no finite derivative.
 
     H u ≈ [g(z + h u) − g(z − h u)] / 2h,        u in standard deviations of q, h = 0.03.
 
 An operation with a backward pass of its own (`torch.autograd.Function`, the adjoint method of solvers of differential
-equations) may have no second one, or leave itself out of it without a word. Averaged over q, a difference is the
-Hessian averaged over a q that is wider by h²/3 of its variance, 0.03 %; it is exact on a cubic ℓ, to rounding, and
-costs two gradients where a derivative costs one.
+equations) may have no second one, or leave itself out of it without a word. Others have one that is not finite where
+the gradient is: that of log p has p² in it, which underflows. Averaged over q, a difference is the Hessian averaged
+over a q that is wider by h²/3 of its variance, 0.03 %; it is exact on a cubic ℓ, to rounding, and costs two gradients
+where a derivative costs one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..families import Block
 from ._estimate import Draws, Objective, value_and_gradient
 from .recycled import scaled
 
-__all__ = ["by_differences", "gradient_of", "has_second_derivative", "standard_deviations"]
+__all__ = ["by_differences", "gradient_of", "has_second_derivative", "standard_deviations", "unknown"]
 
 STEP = 0.03
 UNKNOWN_SCALE = 0.1  # of a point, and of a site whose covariance is not learned
@@ -38,6 +39,11 @@ def by_differences(gradient: Callable[[Tensor], Tensor], loc: Tensor, directions
     """H u [P, D] for each of `directions` [P, D]."""
     differences = [gradient(loc + step * u) - gradient(loc - step * u) for u in directions]
     return torch.stack(differences) / (2 * step)
+
+
+def unknown(products: Tensor, gradients: Tensor) -> bool:
+    """Whether they are not finite and the gradients are."""
+    return not bool(products.isfinite().all()) and bool(gradients.isfinite().all())
 
 
 def standard_deviations(blocks: tuple[Block, ...], scales: tuple[Tensor | None, ...], noise: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 On a quadratic ℓ every Hessian is the same and a pair's gradient noise cancels, so one pair is exact. Costs one run
 of the model and D + 1 gradients a draw, D of them vectorised, or 2 D + 1 runs where the model has one derivative only
-(`_second.py`); the automatic choice up to a few hundred coordinates.
+(`_second.py`), and 2 D more where the second is not finite; the automatic choice up to a few hundred coordinates.
 
 Source: Khan & Rue 2023, equations 9 and 10; Opper & Archambeau 2009.
 """
@@ -16,8 +16,17 @@ import torch
 from torch import Tensor
 
 from ..families import Block
-from ._estimate import Draws, Estimate, Extras, Objective, at_every_draw, average_over_pairs, value_and_gradient
-from ._second import by_differences, gradient_of, standard_deviations
+from ._estimate import (
+    Draws,
+    Estimate,
+    Extras,
+    Objective,
+    at_every_draw,
+    average_over_pairs,
+    each_draw,
+    value_and_gradient,
+)
+from ._second import by_differences, gradient_of, standard_deviations, unknown
 
 __all__ = ["hessian", "hessians_at"]
 
@@ -55,20 +64,24 @@ def hessians_at(
         differences: of gradients, where the model has no second derivative.
     """
     identity = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
-    columns = standard_deviations(blocks, scales, identity) if differences else identity  # Cᵀ
+
+    def in_differences(draw: Draws) -> Tensor:
+        columns = standard_deviations(blocks, scales, identity)  # Cᵀ, so that the products are Cᵀ H
+        return torch.linalg.solve(columns, by_differences(gradient_of(objective, scales, others, draw), loc, columns))
 
     def at_draw(draw: Draws):
         loss, extras, gradient, location = value_and_gradient(objective, loc, scales, others, draw)
         matrix = torch.zeros_like(identity)
         if differences:
-            at = gradient_of(objective, scales, others, draw)
-            matrix = torch.linalg.solve(columns, by_differences(at, loc, columns))
+            matrix = in_differences(draw)
         elif gradient.requires_grad:  # not where ℓ is linear
             (matrix,) = torch.autograd.grad(gradient, location, identity, is_grads_batched=True, materialize_grads=True)
         return loss, gradient.detach(), matrix, extras
 
     (losses, gradients, matrices), extras = at_every_draw(objective, _second_order, at_draw, loc, scales, draws)
     cost = (2 if differences else 1) * len(loc) + 1
+    if unknown(matrices, gradients):
+        matrices, cost = torch.stack([in_differences(draw) for draw in each_draw(draws)]), cost + 2 * len(loc)
     return (matrices + matrices.mT) / 2, losses, gradients, extras, cost
 
 

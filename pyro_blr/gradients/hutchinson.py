@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..families import Block
-from ._estimate import Draws, Estimate, Objective, at_every_draw, average_over_pairs, value_and_gradient
-from ._second import by_differences, gradient_of, standard_deviations
+from ._estimate import Draws, Estimate, Objective, at_every_draw, average_over_pairs, each_draw, value_and_gradient
+from ._second import by_differences, gradient_of, standard_deviations, unknown
 
 __all__ = ["hutchinson", "parted"]
 
@@ -40,23 +40,27 @@ def hutchinson(
     probes = draws.probes
     assert probes is not None  # the rule makes them for a diagonal precision
 
+    def in_differences(draw: Draws) -> Tensor:
+        assert draw.probes is not None
+        unit = standard_deviations(blocks, scales, torch.ones_like(loc))
+        return by_differences(gradient_of(objective, scales, others, draw), loc, unit * draw.probes) / unit
+
     def at_draw(draw: Draws):
         assert draw.probes is not None
         loss, extras, gradient, location = value_and_gradient(objective, loc, scales, others, draw)
         products = torch.zeros_like(draw.probes)
         if differences:
-            at, unit = (
-                gradient_of(objective, scales, others, draw),
-                standard_deviations(blocks, scales, torch.ones_like(loc)),
-            )
-            products = by_differences(at, loc, unit * draw.probes) / unit
+            products = in_differences(draw)
         elif gradient.requires_grad:  # not where ℓ is linear
             for product, probe in zip(products, draw.probes, strict=True):
                 product += torch.autograd.grad(gradient, location, probe, retain_graph=True, materialize_grads=True)[0]
         return loss, gradient.detach(), products, extras
 
     (losses, gradients, products), extras = at_every_draw(objective, _products, at_draw, loc, scales, draws, probes)
-    return average_over_pairs(losses, gradients, (probes * products).sum(1), extras, cost=1 + 2 * probes.shape[1])
+    cost = 1 + 2 * probes.shape[1]
+    if unknown(products, gradients):
+        products, cost = torch.stack([in_differences(draw) for draw in each_draw(draws)]), 2 * cost - 1
+    return average_over_pairs(losses, gradients, (probes * products).sum(1), extras, cost)
 
 
 def parted(signs: Tensor, blocks: tuple[Block, ...]) -> Tensor:

@@ -99,6 +99,23 @@ def test_antithetic_pairs_cancel_the_noise_of_a_quadratic(backend, name, random)
     assert np.ptp(backend.to_numpy(result.losses)) > 1, "the single draws do differ"
 
 
+class Underflow:
+    """ℓ = 400 + 100 z₀ + |z|²/2 by way of p = exp(−400 − 100 z₀), of which p² is 0: log p has a gradient alone."""
+
+    def loss(self, backend, z):
+        return -backend.xp.log(backend.xp.exp(-400 - 100 * z[0])) + z @ z / 2
+
+
+@pytest.mark.parametrize(("name", "cost"), [("hessian", 1 + 3 * 4), ("hutchinson", 1 + 2 * 2)])
+def test_curvature_that_is_not_finite_where_the_gradient_is_comes_from_differences(backend, name, cost, random):
+    parts, probes = cases.LAYOUTS["diagonal"], rademacher(random, 2, 1, 4)
+    result = estimate(backend, name, Underflow(), parts, random.normal(size=(1, 4)), probes)
+    identity = np.eye(4) if name == "hessian" else np.ones(4)
+    assert_allclose(backend.to_numpy(result.hessian), identity, atol=1e-10)
+    assert_allclose(backend.to_numpy(result.gradient), LOC + np.array([100.0, 0, 0, 0]), rtol=1e-12)
+    assert int(result.evaluations) == 2 * cost
+
+
 @pytest.mark.parametrize("name", ["hessian", "hutchinson"])
 def test_a_linear_loss_has_no_curvature(backend, name, random):
     class Linear:

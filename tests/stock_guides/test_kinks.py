@@ -1,0 +1,121 @@
+"""Models whose log density has kinks, or a curvature that overflows: `BLR()` as it comes, against exact optima."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import scipy.optimize
+from scipy.stats import norm
+
+from .. import cases
+
+stock_guides = pytest.mark.parametrize("guide", [cases.MEAN_FIELD, cases.FULL_RANK], ids=str)
+
+
+def median_model(host):
+    """Median regression: the Hessian of the likelihood is zero wherever it is."""
+
+    def model(x, y):
+        weights = host.sample("weights", host.dist.Normal(host.xp.zeros(3), 5.0).to_event(1))
+        with host.plate("data", len(y)):
+            host.sample("y", host.dist.Laplace((x * weights).sum(-1), 0.7), obs=y)
+
+    return model
+
+
+def lasso_model(host):
+    """Bayesian lasso: kinks in the prior of each weight."""
+
+    def model(x, y):
+        weights = host.sample("weights", host.dist.Laplace(host.xp.zeros(3), 0.2).to_event(1))
+        with host.plate("data", len(y)):
+            host.sample("y", host.dist.Normal((x * weights).sum(-1), 2.0), obs=y)
+
+    return model
+
+
+@functools.cache
+def data() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(11)
+    x = random.normal(size=(60, 3)) @ np.array([[1.0, 0.4, 0.0], [0.0, 1.0, -0.5], [0.0, 0.0, 1.0]])
+    return x, x @ np.array([0.5, -0.3, 0.0]) + random.laplace(scale=0.7, size=60)
+
+
+def folded(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
+    """E|N(mean, sd²)|"""
+    return sd * np.sqrt(2 / np.pi) * np.exp(-((mean / sd) ** 2) / 2) + mean * (1 - 2 * norm.cdf(-mean / sd))
+
+
+def negative_elbo(name: str, loc: np.ndarray, factor: np.ndarray) -> float:
+    """In closed form, with C = `factor`."""
+    x, y = data()
+    covariance, entropy = factor @ factor.T, np.log(np.abs(np.diagonal(factor))).sum() + 1.5 * np.log(2 * np.pi * np.e)
+    mean, variance = x @ loc - y, np.einsum("ia,ab,ib->i", x, covariance, x)
+    if name == "median":
+        likelihood = (folded(mean, np.sqrt(variance)) / 0.7 + np.log(1.4)).sum()
+        prior = ((loc**2 + np.diagonal(covariance)) / 50 + np.log(5 * np.sqrt(2 * np.pi))).sum()
+    else:
+        likelihood = ((mean**2 + variance) / 8 + np.log(2 * np.sqrt(2 * np.pi))).sum()
+        prior = (folded(loc, np.sqrt(np.diagonal(covariance))) / 0.2 + np.log(0.4)).sum()
+    return likelihood + prior - entropy
+
+
+@functools.cache
+def best(name: str, dense: bool) -> float:
+    """−ELBO of the best Gaussian."""
+    rows, columns = np.tril_indices(3, 0 if dense else -3)
+    kept = (rows, columns) if dense else (np.arange(3), np.arange(3))
+
+    def objective(at):
+        factor = np.zeros((3, 3))
+        factor[kept] = at[3:]
+        return negative_elbo(name, at[:3], factor)
+
+    start = np.concatenate([np.zeros(3), 0.2 * np.eye(3)[kept]])
+    return scipy.optimize.minimize(
+        objective, start, method="Nelder-Mead", options={"maxiter": 20_000, "xatol": 1e-7}
+    ).fun
+
+
+@stock_guides
+@pytest.mark.parametrize(("name", "make"), [("median", median_model), ("lasso", lasso_model)])
+def test_kinks_of_likelihood_and_prior(backend, guide, name, make):
+    fit = backend.start(make, guide.make, data()).run(100)
+    ((loc, covariance),) = fit.gaussians().values()
+    gap = negative_elbo(name, loc, np.linalg.cholesky(covariance)) - best(name, guide is cases.FULL_RANK)
+    assert -1e-4 < gap < 0.05
+
+
+def lifetimes_model(host):
+    """Survivals at given times, of which no one has taken the logarithm: of p = e^(−rate t) the square underflows."""
+
+    def model(time, survived):
+        log_rate = host.sample("log_rate", host.dist.Normal(host.array(0.0), 5.0))
+        probability = host.xp.exp(-host.xp.exp(log_rate) * time)
+        log_likelihood = host.xp.log(host.xp.where(survived > 0, probability, 1 - probability))
+        host.factor("survivals", log_likelihood.sum())
+
+    return model
+
+
+def test_a_start_where_the_gradient_is_finite_and_the_hessian_is_not(backend):
+    """At a rate of 1, e^(−600) is a number and e^(−1200) is not."""
+    time, survived = np.linspace(20.0, 600.0, 30), (np.arange(30) < 12).astype(float)
+
+    def make_guide(host, model):
+        return host.autoguide.AutoNormal(model, init_loc_fn=host.init_to_value({"log_rate": 0.0}))
+
+    fit = backend.start(lifetimes_model, make_guide, (time, survived)).run(60)
+    assert fit.skipped == 0
+
+    grid = np.linspace(-9, -2, 4001)
+    hazard = np.exp(grid)[:, None] * time
+    log_density = norm.logpdf(grid, 0, 5) + np.where(survived > 0, -hazard, np.log(-np.expm1(-hazard))).sum(-1)
+    weights = np.exp(log_density - log_density.max())
+    mean = (weights * grid).sum() / weights.sum()
+    sd = np.sqrt((weights * (grid - mean) ** 2).sum() / weights.sum())
+    ((loc, covariance),) = fit.gaussians().values()
+    assert abs(float(loc[0]) - mean) < 0.1 * sd
+    assert abs(np.log(float(covariance[0, 0]) ** 0.5 / sd)) < 0.1
