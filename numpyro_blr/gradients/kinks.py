@@ -100,7 +100,8 @@ def missing(
         kept = 1 - (level * variance / jnp.where(certain, away**2, 1)) ** 3
         curvature = centre + jnp.where(certain, kept * away, 0)
         solved = jnp.linalg.solve(factor, jnp.linalg.solve(factor, curvature).T)
-        return Kinks(solved, jnp.where(certain, variance, 0))
+        finite = jnp.isfinite(solved).all()  # not where squares of gradients overflow, far from everything
+        return Kinks(jnp.where(finite, solved, 0), jnp.where(certain & finite, variance, 0))
 
     nothing = Kinks(jnp.zeros_like(factor), jnp.zeros_like(factor))
     return lax.cond(spread / 4 > NEGLIGIBLE, found, lambda: nothing)

@@ -41,7 +41,15 @@ __all__ = [
     "recyclable",
     "report_skipped",
     "standard_normal",
+    "warn_of_kinks",
 ]
+
+KINKED = dist.Laplace, dist.AsymmetricLaplace, dist.AsymmetricLaplaceQuantile
+WARNING_OF_KINKS = (
+    "BLR: the log density of {} has kinks, whose curvature is in no Hessian. BLR finds it from the draws that it "
+    "keeps, and here it keeps none (for a learning_rate, minibatches, several particles, parameters that belong to no "
+    "site, or more than 256 coordinates): the guide will be too wide. Use BLR(learning_rate, estimator='gradient')."
+)
 
 NUMERIC = (jax.Array, np.ndarray, np.generic, bool, int, float)
 SUPPORTED_LOSSES = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
@@ -217,6 +225,27 @@ def recyclable(svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapp
 
     weight = jax.eval_shape(evaluate, dict(params))
     return weight is None and not any(varying)
+
+
+def warn_of_kinks(svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any]) -> None:
+    """Where no draws are kept, nothing knows their curvature (`gradients/kinks.py`)."""
+    kinked = KinkedSites()
+    with kinked:
+        jax.eval_shape(loss_of(svi, args, kwargs), dict(params))
+    if kinked.names:
+        warnings.warn(WARNING_OF_KINKS.format(", ".join(map(repr, kinked.names))), stacklevel=5)
+
+
+class KinkedSites(Messenger):
+    """Notes the sites whose log density is that of an absolute value."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.names: list[str] = []
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "sample" and isinstance(unwrap(msg["fn"])[0], KINKED) and msg["name"] not in self.names:
+            self.names.append(msg["name"])
 
 
 class Redraw(Messenger):

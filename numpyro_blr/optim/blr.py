@@ -169,6 +169,8 @@ class BLR(numpyro.optim._NumPyroOptim):
             and self.learning_rate is None
             and _svi.recyclable(svi, args, kwargs, layout, params)
         )
+        if not recycles and self.estimator != "gradient":
+            _svi.warn_of_kinks(svi, args, kwargs, params)
 
         @jax.jit  # one compilation and not one an operation
         def start(params: dict[str, Any]) -> State:

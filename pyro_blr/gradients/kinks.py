@@ -96,6 +96,8 @@ def missing(
     kept = 1 - (level * variance / away**2) ** 3
     curvature = centre + torch.where(certain, kept * away, 0)
     solved = torch.linalg.solve(factor, torch.linalg.solve(factor, curvature).mT)
+    if not solved.isfinite().all():  # where squares of gradients overflow, far from everything
+        return Kinks(nothing, nothing)
     return Kinks(solved, torch.where(certain, variance, 0))
 
 

@@ -75,9 +75,17 @@ __all__ = [
     "noise_of",
     "seen",
     "standard_normal",
+    "warn_of_kinks",
     "traceable_objective_of",
     "unchanged",
 ]
+
+KINKED = torch.distributions.Laplace, dist.AsymmetricLaplace
+WARNING_OF_KINKS = (
+    "BLR: the log density of {} has kinks, whose curvature is in no Hessian. BLR finds it from the draws that it "
+    "keeps, and here it keeps none (for a learning_rate, minibatches, several particles, parameters that belong to no "
+    "site, or more than 256 coordinates): the guide will be too wide. Use BLR(learning_rate, estimator='gradient')."
+)
 
 SUPPORTED_LOSSES = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
 # A compiled loss cannot be given other draws, so the class that it compiles is evaluated in its place.
@@ -304,6 +312,18 @@ def recyclable(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> bool:
         objective = objective_of(svi, args, kwargs, layout, seed=0)
         extras = objective(location, scales, None, Draws(0, 1.0, None))[1]
     return extras.weight is None and not extras.minibatch
+
+
+def warn_of_kinks(svi: SVI, args: tuple, kwargs: dict) -> None:
+    """Where no draws are kept, nothing knows their curvature (`gradients/kinks.py`)."""
+    with pyro.poutine.block(), undisturbed(0), torch.no_grad():
+        guide_trace = pyro.poutine.trace(svi.guide).get_trace(*args, **kwargs)
+        model = pyro.poutine.replay(svi.model, trace=guide_trace)
+        nodes = pyro.poutine.trace(model).get_trace(*args, **kwargs).nodes
+    sites = [name for name, site in nodes.items() if site["type"] == "sample"]
+    kinked = [name for name in sites if isinstance(unwrap(nodes[name]["fn"])[0], KINKED)]
+    if kinked:
+        warnings.warn(WARNING_OF_KINKS.format(", ".join(map(repr, kinked))), stacklevel=5)
 
 
 def traceable_objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> Objective:

@@ -204,6 +204,8 @@ class BLR(pyro.optim.PyroOptim):
         recycles = (
             family is DensePrecision and self.learning_rate is None and _svi.recyclable(svi, args, kwargs, layout)
         )
+        if not recycles and self.estimator != "gradient":
+            _svi.warn_of_kinks(svi, args, kwargs)
         start = loc
         if self.learning_rate is None:
             bare = torch.as_tensor(layout.bare, device=loc.device)

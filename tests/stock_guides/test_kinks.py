@@ -88,6 +88,18 @@ def test_kinks_of_likelihood_and_prior(backend, guide, name, make):
     assert -1e-4 < gap < 0.05
 
 
+@pytest.mark.parametrize("options", [{"learning_rate": 0.1}, {"estimator": "hutchinson"}], ids=str)
+def test_without_kept_draws_kinks_are_warned_of(backend, options):
+    with pytest.warns(UserWarning, match="log density of 'y' has kinks"):
+        backend.start(median_model, cases.MEAN_FIELD.make, data(), **options).run(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"learning_rate": 0.1, "estimator": "gradient"}], ids=str)
+def test_where_kinks_are_found_there_is_no_warning(backend, options, recwarn):
+    backend.start(median_model, cases.MEAN_FIELD.make, data(), **options).run(1)
+    assert not [warning for warning in recwarn if "kinks" in str(warning.message)]
+
+
 def lifetimes_model(host):
     """Survivals at given times, of which no one has taken the logarithm: of p = e^(−rate t) the square underflows."""
 
