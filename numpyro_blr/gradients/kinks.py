@@ -6,14 +6,15 @@ the gradients, in coordinates ε = C⁻¹ δ in which q is N(0, I),
 
     r_j = Cᵀ (g_j − ĝ − Ĥ δ_j),        T = Σ_j w_j sym(M⁻¹ (ε_j − ε̄) r_jᵀ),        Ĥ ← Ĥ + C⁻ᵀ T C⁻¹,
 
-T is the curvature that is missing, and noise where ℓ is smooth. With V the Monte Carlo variance of each element, from
-the spread over K pairs and larger by (K − 1)/(K − 3), an element counts by how far it is beyond its noise,
+T is the curvature that is missing, and noise where ℓ is smooth. V is the Monte Carlo variance of each element,
+K/(K − 3) times the sum of the squares of what each of K pairs adds to it; from 2 D draws on, where M⁻¹ makes a
+regression of T, of what its residuals r_j − T ε_j add. An element counts by how far it is beyond its noise,
 
     T ← T⁰ + (T − T⁰) (1 − (c V / (T − T⁰)²)³)₊,        and T⁰ alone for up to three pairs,
 
 with c = 4 + 2 log(D (D + 1)/2), which of D (D + 1)/2 elements hardly one passes by noise, but 3 once there is no doubt
 of a kink, because T_aa > 0 of the diagonal is beyond 16 + 2 log D. T_aa < 0 has to be beyond four times that: where
-tails are seen too seldom, both T_aa and V are too small. V ignores what M⁻¹ takes away, and bounds the variance.
+tails are seen too seldom, both T_aa and V are too small.
 
 T⁰ is 0, or κ I while the draws are few if κ, the average curvature that is missing, is more than what Ĥ has: a guide
 that has lost what held it in has too few draws left to find it by.
@@ -75,16 +76,20 @@ def missing(
     def found() -> Kinks:
         first, second = np.indices((2, 2)).reshape(2, -1)  # two draws of one pair
 
-        def products(weights: Array, noise: Array, stein: Array, rest: Array) -> tuple[tuple[Array, ...], tuple]:
-            stein, share = weights[..., None] * stein, weights.sum(1)
+        def products(weights: Array, noise: Array, stein: Array, rest: Array) -> tuple[tuple[Array, Array], tuple]:
+            of_draws = outer_products(weights[..., None] * stein, rest)
+            return (_symmetric(of_draws), outer_products(weights[..., None] * noise, noise)), ()
+
+        (total, moment), _ = paged(products, count, weights, noise, stein, rest)
+        regressed = jnp.where(effective > 2 * size, total, 0)
+
+        def squares(weights: Array, noise: Array, stein: Array, rest: Array) -> tuple[Array, tuple]:
+            stein, rest = weights[..., None] * stein, rest - noise @ regressed
             alike = outer_products(stein[:, first] * stein[:, second], rest[:, first] * rest[:, second])
             crossed = outer_products(stein[:, first] * rest[:, second], rest[:, first] * stein[:, second])
-            own = outer_products(stein, rest), outer_products(share[:, None, None] * stein, rest)
-            moment = outer_products(weights[..., None] * noise, noise)
-            return (*map(_symmetric, own), (_symmetric(alike) + crossed) / 2, (share**2).sum(), moment), ()
+            return (_symmetric(alike) + crossed) / 2, ()
 
-        (total, by_share, squares, shares, moment), _ = paged(products, count, weights, noise, stein, rest)
-        variance = squares - 2 * total * by_share + total**2 * shares
+        variance, _ = paged(squares, count, weights, noise, stein, rest)
         variance *= num_pairs / jnp.maximum(num_pairs - MIN_PAIRS, 0.5)
         lacking = (weights[..., None] * noise * rest).sum()
         present = (factor @ hessian @ factor.T * moment).sum()

@@ -6,14 +6,15 @@ the gradients, in coordinates ε = C⁻¹ δ in which q is N(0, I),
 
     r_j = Cᵀ (g_j − ĝ − Ĥ δ_j),        T = Σ_j w_j sym(M⁻¹ (ε_j − ε̄) r_jᵀ),        Ĥ ← Ĥ + C⁻ᵀ T C⁻¹,
 
-T is the curvature that is missing, and noise where ℓ is smooth. With V the Monte Carlo variance of each element, from
-the spread over K pairs and larger by (K − 1)/(K − 3), an element counts by how far it is beyond its noise,
+T is the curvature that is missing, and noise where ℓ is smooth. V is the Monte Carlo variance of each element,
+K/(K − 3) times the sum of the squares of what each of K pairs adds to it; from 2 D draws on, where M⁻¹ makes a
+regression of T, of what its residuals r_j − T ε_j add. An element counts by how far it is beyond its noise,
 
     T ← T⁰ + (T − T⁰) (1 − (c V / (T − T⁰)²)³)₊,        and T⁰ alone for up to three pairs,
 
 with c = 4 + 2 log(D (D + 1)/2), which of D (D + 1)/2 elements hardly one passes by noise, but 3 once there is no doubt
 of a kink, because T_aa > 0 of the diagonal is beyond 16 + 2 log D. T_aa < 0 has to be beyond four times that: where
-tails are seen too seldom, both T_aa and V are too small. V ignores what M⁻¹ takes away, and bounds the variance.
+tails are seen too seldom, both T_aa and V are too small.
 
 T⁰ is 0, or κ I while the draws are few if κ, the average curvature that is missing, is more than what Ĥ has: a guide
 that has lost what held it in has too few draws left to find it by.
@@ -65,18 +66,17 @@ def missing(
         effective: n, the draws that these are worth.
     """
     size, num_pairs, nothing = len(factor), effective / 2, torch.zeros_like(factor)
-    odd, share = (rest[:, 0] - rest[:, 1]) / 2, weights.sum(1)
-    if not float((share * (odd**2).sum(-1)).sum()) / 4 > NEGLIGIBLE:
+    odd = (rest[:, 0] - rest[:, 1]) / 2
+    if not float((weights.sum(1) * (odd**2).sum(-1)).sum()) / 4 > NEGLIGIBLE:
         return Kinks(nothing, nothing)
 
     stein, moment = weights[..., None] * stein, outer_products(weights[..., None] * noise, noise)
-    first, second = [0, 0, 1, 1], [0, 1, 0, 1]  # two draws of one pair
-    alike = outer_products(stein[:, first] * stein[:, second], rest[:, first] * rest[:, second])
-    crossed = outer_products(stein[:, first] * rest[:, second], rest[:, first] * stein[:, second])
     total = _symmetric(outer_products(stein, rest))
-    by_share = _symmetric(outer_products(share[:, None, None] * stein, rest))
-    variance = (_symmetric(alike) + crossed) / 2 - 2 * total * by_share + total**2 * (share**2).sum()
-    variance *= num_pairs / max(num_pairs - MIN_PAIRS, 0.5)
+    left = rest - noise @ total if effective > 2 * size else rest
+    first, second = [0, 0, 1, 1], [0, 1, 0, 1]  # two draws of one pair
+    alike = outer_products(stein[:, first] * stein[:, second], left[:, first] * left[:, second])
+    crossed = outer_products(stein[:, first] * left[:, second], left[:, first] * stein[:, second])
+    variance = (_symmetric(alike) + crossed) / 2 * num_pairs / max(num_pairs - MIN_PAIRS, 0.5)
 
     lacking = float((weights[..., None] * noise * rest).sum())
     present = float((factor @ hessian @ factor.mT * moment).sum())

@@ -100,7 +100,7 @@ def test_the_curvature_of_kinks_is_that_of_the_closed_form(backend, problem, par
 
 
 def test_the_variance_is_that_of_the_estimate(backend, random):
-    """Of the diagonal over pools of its own, which it bounds; the mean is off by less than its error."""
+    """Of the diagonal over pools of its own; the mean is off by less than its error, shrinkage included."""
     estimates, variances = [], []
     factor = scale_of(DIAGONAL)[1]
     for _ in range(24):
@@ -108,7 +108,7 @@ def test_the_variance_is_that_of_the_estimate(backend, random):
         estimates.append(np.diagonal(factor.T @ found.hessian @ factor))
         variances.append(np.diagonal(found.variance))
     ratio = np.var(estimates, axis=0, ddof=1) / np.mean(variances, axis=0)
-    assert (ratio > 0.05).all() and (ratio < 2.0).all()  # χ²/23 is beyond 2 one time in 500
+    assert (ratio > 0.35).all() and (ratio < 2.0).all()  # χ²/23 is not within, one time in 500
     expected = np.diagonal(factor.T @ PRIOR.expected_hessian(MEAN, factor) @ factor)
     assert_allclose(np.mean(estimates, axis=0), expected, atol=4 * np.sqrt(np.mean(variances) / 24))
 
