@@ -48,12 +48,7 @@ def by_differences(gradient: Gradient, loc: Array, directions: Array) -> tuple[A
 def where_known(products: Array, gradients: Array, differences: Callable[[], Array]) -> tuple[Array, Array]:
     """`products`, or `differences()` where they are not finite and the gradients are; and whether it is these."""
     unknown = ~jnp.isfinite(products).all() & jnp.isfinite(gradients).all()
-
-    def once(_: Any) -> tuple[Array, Array]:
-        return differences(), jnp.zeros((), bool)
-
-    # a loop, since `cond` evaluates both sides where a user maps over fits
-    return jax.lax.while_loop(lambda carry: carry[1], once, (products, unknown))[0], unknown
+    return jax.lax.cond(unknown, differences, lambda: products), unknown
 
 
 def standard_deviations(blocks: tuple[Block, ...], scales: tuple[Array | None, ...], noise: Array) -> Array:
