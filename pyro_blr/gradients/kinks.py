@@ -56,7 +56,7 @@ def missing(
     factor: Tensor,
     effective: float,
 ) -> Kinks:
-    """T.
+    """T of all draws.
 
     Args:
         weights: w_j, [K, 2].
@@ -83,11 +83,8 @@ def missing(
     few = effective < max(FEW, 2 * size)
     average = lacking / float(moment.trace()) if few and lacking > abs(present) else 0.0
     centre = average * torch.eye(size).to(factor)
-    away, enough, diagonal = (
-        total - centre,
-        num_pairs > MIN_PAIRS,
-        torch.eye(size, dtype=torch.bool, device=total.device),
-    )
+    away, enough = total - centre, num_pairs > MIN_PAIRS
+    diagonal = torch.eye(size, dtype=torch.bool, device=total.device)
     no_doubt = BEYOND_DOUBT + 2 * math.log(size)
     kinked = bool((diagonal & (away > 0) & (away**2 > no_doubt * variance)).any())
     usual = CERTAIN if kinked else DOUBTFUL + 2 * math.log(size * (size + 1) / 2)

@@ -75,9 +75,9 @@ __all__ = [
     "noise_of",
     "seen",
     "standard_normal",
-    "warn_of_kinks",
     "traceable_objective_of",
     "unchanged",
+    "warn_of_kinks",
 ]
 
 KINKED = torch.distributions.Laplace, dist.AsymmetricLaplace
