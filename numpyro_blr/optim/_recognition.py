@@ -137,7 +137,7 @@ def _probe(
     """
     messages: dict[str, dict] = {}
 
-    def run(probes: dict[str, Any]) -> tuple[dict, dict, dict]:
+    def run(probes: dict[str, Any]) -> tuple[dict, dict, dict, dict]:
         messages.update(
             trace(substitute(seed(svi.guide, 0), substitute_fn=partial(_constrained, probes))).get_trace(
                 *args, **kwargs
@@ -155,12 +155,12 @@ def _probe(
         }
         naturals = {name: natural_of(base) for name, base in bases.items() if any_family and has_family(base)}
         keys = {name: [key for keys in natural.host_parameters for key in keys] for name, natural in naturals.items()}
-        fed = {name: [values, _rows_by_hand(values, messages[name], messages)] for name in bases}
+        by_hand = {name: _rows_by_hand(values, messages[name], messages) for name in bases}
         arrays = {
             name: {key: getattr(base, key) for key in _ARRAYS.get(type(base), keys.get(name, ()))}
             for name, base in bases.items()
         }
-        return fed, arrays, naturals
+        return values, by_hand, arrays, naturals
 
     generator = np.random.default_rng(0)
     probes: dict[str, Any] = {}
@@ -173,7 +173,8 @@ def _probe(
     # compiled ahead of time, so that the values are concrete even where SVI.init itself is being traced by jit or vmap
     with block():
         compiled = jax.jit(run).lower(probes).compile()
-    return messages, *compiled(probes)
+    values, by_hand, arrays, naturals = compiled(probes)
+    return messages, {name: [values, rows] for name, rows in by_hand.items()}, arrays, naturals
 
 
 def _other_than(natural: Natural, generator: np.random.Generator) -> Natural:
@@ -317,8 +318,13 @@ def _source(
 
 
 def _same(value: Array, other: Array) -> bool:
-    # equal but for the rounding of a fused computation; the probes are random, so nothing else is this close
-    return value.shape == other.shape and np.allclose(value, other, rtol=1e-5, atol=0)
+    # equal but for the rounding of a fused computation; the probes are random, so nothing else is this close, and the
+    # first few numbers say so of all others but one
+    value, other = np.asarray(value), np.asarray(other)
+    parts = (slice(8), slice(8, None))
+    return value.shape == other.shape and all(
+        np.allclose(value.ravel()[part], other.ravel()[part], rtol=1e-5, atol=0) for part in parts
+    )
 
 
 def _match(
