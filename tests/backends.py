@@ -140,14 +140,16 @@ class Bridge:
         """L(m, C; ε) = ℓ(m + C ε) − log |C| with the given ε, as the packages define an objective.
 
         Args:
-            noise: [K, D] in the backend's arrays; draw k is row k times its sign, the host's own draw is row 0.
+            noise: [K, D] in the backend's arrays; draw k is row k times its sign, the host's own draw is row 0, and a
+                draw that has its noise needs none.
             weight: [D], with which each coordinate's entropy enters the loss; reported along with it.
             minibatch: reported as well.
         """
         xp = self.xp
 
         def evaluate(loc, scales, others, draw):
-            epsilon = noise[0] if draw is None else noise[draw.number] * draw.sign
+            epsilon = noise[0] if draw is None else draw.noise
+            epsilon = noise[draw.number] * draw.sign if epsilon is None else epsilon
             values, entropy = [], 0.0
             for part, scale in zip(parts, scales, strict=True):
                 here = slice(part.start, part.start + part.size)
@@ -380,6 +382,9 @@ class NumPyroBridge(Bridge):
     def map(self, fn: Callable, *stacks: np.ndarray) -> np.ndarray:
         """fn at each row of the stacks."""
         return self.to_numpy(self.jax.jit(self.jax.vmap(fn))(*map(self.array, stacks)))
+
+    def source_of_noise(self, seed: int) -> Any:
+        return self.jax.random.key(seed)
 
     def draws(self, num_pairs: int, probes: Any = None, dtype: str = "float64") -> Any:
         sign = self.xp.repeat(self.array([1.0, -1.0], dtype), num_pairs)
@@ -692,6 +697,9 @@ class PyroBridge(Bridge):
     def map(self, fn: Callable, *stacks: np.ndarray) -> np.ndarray:
         rows = zip(*map(self.array, stacks), strict=True)
         return np.stack([self.to_numpy(fn(*row)) for row in rows])
+
+    def source_of_noise(self, seed: int) -> Any:
+        return self.torch.Generator().manual_seed(seed)
 
     def draws(self, num_pairs: int, probes: Any = None, dtype: str = "float64") -> Any:
         return self.gradients.Draws(2 * list(range(num_pairs)), [1.0] * num_pairs + [-1.0] * num_pairs, probes)

@@ -60,15 +60,15 @@ DIFFERENCES = {
     "gradients/__init__.py": {"__all__"},
     "gradients/_estimate.py": {
         "__all__", "average_over_pairs", "each_draw", "value_and_gradient", "value_and_gradients",
-        # an objective that was traced takes all draws at once; JAX maps over them
-        "Transformation", "Vectorised", "Vectorised.at_all", "Vectorised.extras", "at_every_draw", "losses_of",
+        # an objective that was traced takes all draws at once, or all means; JAX maps over them
+        "AtPoints", "AtPoints.at_points", "Transformation", "Vectorised", "Vectorised.at_all", "Vectorised.extras", "at_every_draw", "losses_of",
     },
     "gradients/_second.py": {
         # JAX refuses a derivative that there is none of, and torch has to be checked
         "__all__", "by_differences", "by_forward_mode", "gradient_of", "has_second_derivative", "Gradient", "Products",
         "NO_DERIVATIVE", "unknown", "where_known",
     },
-    "gradients/kinks.py": {"missing"},
+    "gradients/secant.py": {"Chords.mirrored", "chords"},  # keys and seeds; JAX takes one pair at a time
     "gradients/recycled.py": {"Moments", "Pool", "Pool.count", "append"},  # arrays of a fixed size, or that grow
     "gradients/drawn.py": {  # torch has seeds, and JAX has keys
         "__all__", "directions", "natural_gradients", "samples", "seeded",

@@ -9,15 +9,23 @@ from .hessian import hessians_at as hessians_at
 from .hutchinson import hutchinson as hutchinson
 from .hutchinson import parted as parted
 from .reparameterized import reparameterized as reparameterized
+from .secant import Chords as Chords
+from .secant import chords as chords
+from .secant import secant as secant
+from .secant import secants_at as secants_at
 
 __all__ = [
+    "Chords",
     "Draws",
     "Estimate",
     "Extras",
     "Objective",
+    "chords",
     "hessian",
     "hessians_at",
     "hutchinson",
     "parted",
     "reparameterized",
+    "secant",
+    "secants_at",
 ]

@@ -29,6 +29,7 @@ class Draws(NamedTuple):
             the others, or None where no estimator asks for them.
         members: the values of sites outside the Gaussian, each with S in front; passed through to the objective.
         noise: ε itself, [S, D], where the caller makes it; `number` and `sign` then play no part.
+        chords: those of `secant.py`, or None for other estimators.
     """
 
     number: Any
@@ -36,6 +37,7 @@ class Draws(NamedTuple):
     probes: Array | None
     members: Any = None
     noise: Array | None = None
+    chords: Any = None
 
     @classmethod
     def at(cls, noise: Array) -> Draws:

@@ -10,7 +10,7 @@ The mixture bounds every w_j, and draws far from q weigh nothing. v regresses on
 as for a perfect sample of q. The last term corrects the spread of the draws, M_v, for that of q: regressing H on δ
 finds the third derivative, and its contraction with Σ/2 is what E_q[g] has beyond ∇ℓ(m). So ĝ and Ĥ are exact on a
 cubic ℓ. While the draws are worth less than 2 D, or δ̄ is far from 0 (δ̄ᵀ M⁻¹ δ̄ > 1/4), the regression is left out
-(v = w, M_v = Σ); ĝ is then exact on a quadratic. What curvature no Hessian has, the gradients have (`kinks.py`).
+(v = w, M_v = Σ); ĝ is then exact on a quadratic.
 
 The estimate is worth n = min(1, Z) / Σ_j w_j² equally weighted draws, where Z = Σ_j q(z_j) / (2 Σ_k q_k(z_j)) is 1 on
 average if the draws cover q, and nearly 0 if q lies elsewhere. A draw costs its Hessian once and serves every later q
@@ -33,7 +33,6 @@ from jax.scipy.linalg import cho_solve
 
 from ..families import Block, Precision
 from ._paged import paged
-from .kinks import Kinks, missing, outer_products
 
 __all__ = [
     "Moments",
@@ -87,8 +86,7 @@ class Moments(NamedTuple):
         weights: w_j, [K, 2].
         effective: n, the number of equally weighted draws that these are worth at q.
         gradient: ĝ, [D].
-        hessian: Ĥ with the curvature of kinks, [D, D].
-        kinks: that curvature.
+        hessian: Ĥ, [D, D].
         deviations: by how much each pair moves ĝ, [K, D]; they add up to zero.
         scatter: Σ over pairs of the outer products of these, [D, D].
     """
@@ -97,7 +95,6 @@ class Moments(NamedTuple):
     effective: Array
     gradient: Array
     hessian: Array
-    kinks: Kinks
     deviations: Array
     scatter: Array
 
@@ -209,7 +206,7 @@ def moments(pool: Pool, blocks: tuple[Block, ...], loc: Array, scales: tuple[Any
 
     def second_moment(weights: Array, noise: Array) -> tuple[tuple[Array, Array], tuple]:
         weighted = weights[..., None] * noise
-        return (weighted.sum((0, 1)), outer_products(weighted, noise)), ()
+        return (weighted.sum((0, 1)), _product(weighted, noise)), ()
 
     (mean, second), _ = paged(second_moment, count, weights, noise)
     enough, identity = effective > REGULAR * size, jnp.eye(size, dtype=loc.dtype)
@@ -220,7 +217,7 @@ def moments(pool: Pool, blocks: tuple[Block, ...], loc: Array, scales: tuple[Any
 
     def regression(weights: Array, noise: Array) -> tuple[Array, Array]:
         regressed = weights * jnp.where(regular, 1 - (noise - mean) @ slope, 1)
-        return outer_products(regressed[..., None] * noise, noise), regressed
+        return _product(regressed[..., None] * noise, noise), regressed
 
     spread, regressed = paged(regression, count, weights, noise)
     excess_of = scaled(blocks, scales, inverse @ (identity - spread))
@@ -232,26 +229,25 @@ def moments(pool: Pool, blocks: tuple[Block, ...], loc: Array, scales: tuple[Any
 
     hessian, (excess, product) = paged(curvature, count, regressed, noise, pool.hessians)
 
-    factor = scaled(blocks, scales, identity)  # Cᵀ
-
-    def slopes(regressed, weights, noise, points, gradients, excess, product) -> tuple[Array, tuple[Array, ...]]:
+    def slopes(regressed, weights, points, gradients, excess, product) -> tuple[Array, Array]:
         quadratic = gradients - (points - loc) @ hessian
         cubic = (product - excess @ hessian) / 2
         terms = (regressed[..., None] * quadratic + weights[..., None] * cubic).sum(1)
-        return terms.sum(0), (terms, quadratic @ factor.T, (noise - mean) @ inverse)
+        return terms.sum(0), terms
 
-    stacks = regressed, weights, noise, pool.points, pool.gradients, excess, product
-    gradient, (terms, rest, stein) = paged(slopes, count, *stacks)
-    kinks = missing(weights, noise, stein, rest - factor @ gradient, hessian, factor, effective, count)
+    gradient, terms = paged(slopes, count, regressed, weights, pool.points, pool.gradients, excess, product)
 
     def scattered(weights: Array, terms: Array) -> tuple[Array, Array]:
         deviations = terms - weights.sum(1)[:, None] * gradient
         return deviations.T @ deviations, deviations
 
     scatter, deviations = paged(scattered, count, weights, terms)
-    gradient -= jnp.where(regular, 0, kinks.curvature @ scaled(blocks, scales, mean))
-    hessian += kinks.curvature
-    return Moments(weights, effective, gradient, hessian, kinks, deviations, scatter)
+    return Moments(weights, effective, gradient, hessian, deviations, scatter)
+
+
+def _product(left: Array, right: Array) -> Array:
+    """Σ over draws of the outer products of their rows, [D, D]."""
+    return jnp.einsum("kpa,kpb->ab", left, right)
 
 
 def squared_error(moments: Moments, precision: Precision) -> Array:
@@ -274,9 +270,8 @@ def noise_cost(pool: Pool, moments: Moments, blocks: tuple[Block, ...], precisio
     groups, scales = _groups(blocks), tuple(precision.scale(block) for block in blocks)
     factor = scaled(blocks, scales, jnp.eye(len(groups), dtype=pool.points.dtype)).T
     hessians = jnp.einsum("kj,kjab->kab", moments.weights, pool.hessians)
-    hessians -= moments.weights.sum(1)[:, None, None] * (moments.hessian - moments.kinks.curvature)
-    within = groups[:, None] == groups
-    whitened = jnp.where(within, factor.T @ hessians @ factor, 0).reshape(len(hessians), -1)
+    hessians -= moments.weights.sum(1)[:, None, None] * moments.hessian
+    whitened = jnp.where(groups[:, None] == groups, factor.T @ hessians @ factor, 0).reshape(len(hessians), -1)
     gradients = moments.deviations
     products = gradients @ precision.solve(gradients).T / 2 + whitened @ whitened.T / 4  # of two pairs
     frames, shares = pool.numbers // len(groups), moments.weights.sum(1)
@@ -285,7 +280,7 @@ def noise_cost(pool: Pool, moments: Moments, blocks: tuple[Block, ...], precisio
     num_pairs = moments.effective / 2
     by_pair = jnp.trace(products) * num_pairs / jnp.maximum(num_pairs - 1, 0.5)
     by_frame = jnp.where(same, products, 0).sum() * num_frames / jnp.maximum(num_frames - 1, 0.5)
-    return jnp.where(num_frames >= FRAMES, by_frame, by_pair) + jnp.where(within, moments.kinks.variance, 0).sum() / 4
+    return jnp.where(num_frames >= FRAMES, by_frame, by_pair)
 
 
 def elbo(

@@ -20,7 +20,7 @@ __all__ = [
     "checked_temperature",
 ]
 
-ESTIMATORS = ("auto", "hessian", "hutchinson", "gradient")
+ESTIMATORS = ("auto", "hessian", "hutchinson", "secant", "gradient")
 PRECONDITIONERS = ("factored", "posterior")
 OTHERS_RATE = {"BLR": 0.01, "IVON": 0.001}  # of Adam, by rule: beside latents, or beside the weights of a network
 SCHEDULE_PROBES = (0, *(2**k for k in range(21)))

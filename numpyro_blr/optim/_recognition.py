@@ -320,10 +320,10 @@ def _source(
 def _same(value: Array, other: Array) -> bool:
     # equal but for the rounding of a fused computation; the probes are random, so nothing else is this close, and the
     # first few numbers say so of all others but one
-    value, other = np.asarray(value), np.asarray(other)
+    one, two = np.asarray(value), np.asarray(other)
     parts = (slice(8), slice(8, None))
-    return value.shape == other.shape and all(
-        np.allclose(value.ravel()[part], other.ravel()[part], rtol=1e-5, atol=0) for part in parts
+    return one.shape == two.shape and all(
+        np.allclose(one.ravel()[part], two.ravel()[part], rtol=1e-5, atol=0) for part in parts
     )
 
 

@@ -44,7 +44,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..families import Block, DensePrecision
-from ..gradients import Draws, Objective, hessians_at, orthogonal, recycled
+from ..gradients import Chords, Draws, Objective, hessians_at, orthogonal, recycled, secants_at
 from . import _rate
 from ._gaussian import State, all_finite, scales_of, select, skipped
 
@@ -174,6 +174,7 @@ def step(
     temperature: float,
     digest: Array,
     *,
+    chords: Chords | None = None,
     forward: bool = False,
 ) -> tuple[State, Array, Array]:
     """One step.
@@ -182,6 +183,7 @@ def step(
         objective: E_q[ℓ]/τ − H(q) at a noise ε, see `gradients/_estimate.py`.
         noise: ε of as many pairs as a step may draw, [K, D]; the first `num_pairs` are used.
         digest: of the model's arguments.
+        chords: of the same pairs, where the curvature is that of secants; None where it is that of Hessians.
 
     Returns:
         the next state, the loss averaged over the fresh draws, and whether the Gaussian moved. Where the loss, a
@@ -192,7 +194,7 @@ def step(
     state = replace(state, recycling=recycling)
     assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
     max_pairs, dtype = len(noise), state.loc.dtype
-    num_drawn, pool, losses, usable, evaluations = _fresh(state, objective, blocks, noise, temperature, forward)
+    num_drawn, pool, losses, usable, evaluations = _fresh(state, objective, blocks, noise, chords, temperature, forward)
     fresh = jnp.arange(max_pairs, dtype=jnp.int32) < recycling.num_pairs
 
     def noisy_steps_of(start: _Place) -> Array:
@@ -309,6 +311,7 @@ def _fresh(
     objective: Objective,
     blocks: tuple[Block, ...],
     noise: Array,
+    chords: Chords | None,
     temperature: float,
     forward: bool,
 ) -> tuple[Array, recycled.Pool, Array, Array, Array]:
@@ -321,9 +324,12 @@ def _fresh(
 
     def draw(carry):
         number, found, _, evaluations = carry
-        pair = _pair(noise[number])
-        hessians, values, gradients, _, _, cost = hessians_at(
-            objective, state.loc, scales, {}, Draws.at(pair), blocks, forward=forward
+        pair, curvatures_at = Draws.at(_pair(noise[number])), hessians_at
+        if chords is not None:
+            own = Chords(*(chord[None, number] for chord in chords))
+            pair, curvatures_at = pair._replace(chords=own.mirrored()), secants_at
+        hessians, values, gradients, _, _, cost = curvatures_at(
+            objective, state.loc, scales, {}, pair, blocks, forward=forward
         )
         finite = all_finite(values, gradients, hessians)
         found = tuple(

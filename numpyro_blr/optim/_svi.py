@@ -38,19 +38,12 @@ __all__ = [
     "loss_of",
     "mutable_state",
     "objective_of",
-    "recyclable",
     "report_skipped",
     "standard_normal",
-    "warn_of_kinks",
+    "survey",
 ]
 
 KINKED = dist.Laplace, dist.AsymmetricLaplace, dist.AsymmetricLaplaceQuantile
-WARNING_OF_KINKS = (
-    "BLR: the log density of {} has kinks, whose curvature is in no Hessian. BLR finds it from the draws that it "
-    "keeps, and here it keeps none (for a learning_rate, minibatches, several particles, parameters that belong to no "
-    "site, or more than 256 coordinates): the guide will be too wide. Use BLR(learning_rate, estimator='gradient')."
-)
-
 NUMERIC = (jax.Array, np.ndarray, np.generic, bool, int, float)
 SUPPORTED_LOSSES = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
 
@@ -203,49 +196,55 @@ def objective_of(fn: Callable, layout: Layout, params: Mapping[str, Any]) -> Obj
     return objective
 
 
-def recyclable(svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]) -> bool:
-    """Whether the loss at a draw is −log p(D, z) + log q(z) of a fixed ℓ.
+class Survey(NamedTuple):
+    """What the rule has to know of the loss before its first step.
 
-    One particle, all data, no analytic KL, and no state of the host's that a step is to change.
+    Attributes:
+        fixed: whether it is −log p(D, z) + log q(z) of a fixed ℓ at a draw: one particle, all data, no analytic KL, and
+            no state of the host's that a step is to change. Then the draws of earlier steps serve later ones.
+        kinked: whether a site is known to have a log density with kinks.
     """
+
+    fixed: bool
+    kinked: bool
+
+
+def survey(svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]) -> Survey:
     one_density = type(svi.loss) in (Trace_ELBO, TraceEnum_ELBO) and svi.loss.num_particles == 1
     drawn = all(block.structure in ("diagonal", "dense") for block in layout.blocks)
-    if not (one_density and drawn) or layout.members or layout.others:
-        return False
-
-    varying: list[bool] = []
+    alone = not (layout.members or layout.others)
+    kinks, varying = Kinks(), []
 
     def evaluate(params: Mapping[str, Any]) -> Array | None:
         loc, scales = gather(layout, params)
         redraw = Redraw(layout, None)
-        with redraw:
-            loss_of(svi, args, kwargs)(scatter(layout, loc, scales, params))
+        with redraw, kinks:
+            loss_of(svi, args, kwargs)({**params, **scatter(layout, loc, scales, params)})
         varying.append(redraw.minibatch or redraw.mutable)
         return redraw.weight(loc)
 
     weight = jax.eval_shape(evaluate, dict(params))
-    return weight is None and not any(varying)
+    return Survey(one_density and drawn and alone and weight is None and not any(varying), kinks.found)
 
 
-def warn_of_kinks(svi: SVI, args: tuple, kwargs: dict, params: Mapping[str, Any]) -> None:
-    """Where no draws are kept, nothing knows their curvature (`gradients/kinks.py`)."""
-    kinked = KinkedSites()
-    with kinked:
-        jax.eval_shape(loss_of(svi, args, kwargs), dict(params))
-    if kinked.names:
-        warnings.warn(WARNING_OF_KINKS.format(", ".join(map(repr, kinked.names))), stacklevel=5)
-
-
-class KinkedSites(Messenger):
-    """Notes the sites whose log density is that of an absolute value."""
+class Kinks(Messenger):
+    """Notes whether a site has a distribution with kinks, or one that is made of such."""
 
     def __init__(self) -> None:
         super().__init__(None)
-        self.names: list[str] = []
+        self.found = False
 
     def process_message(self, msg: dict) -> None:
-        if msg["type"] == "sample" and isinstance(unwrap(msg["fn"])[0], KINKED) and msg["name"] not in self.names:
-            self.names.append(msg["name"])
+        self.found |= msg["type"] == "sample" and has_kinks(msg["fn"])
+
+
+def has_kinks(fn: Any) -> bool:
+    parts = [
+        part
+        for value in getattr(fn, "__dict__", {}).values()
+        for part in (value if isinstance(value, (list, tuple)) else [value])
+    ]
+    return isinstance(fn, KINKED) or any(has_kinks(part) for part in parts if isinstance(part, dist.Distribution))
 
 
 class Redraw(Messenger):

@@ -25,9 +25,8 @@ from ..families import (
     DiagonalPrecision,
     MultivariateNormalNatural,
     NormalNatural,
-    Precision,
 )
-from ..gradients import Draws, Estimate, Extras, hessian, hutchinson, parted, reparameterized
+from ..gradients import Chords, Draws, Estimate, Extras, chords, hessian, hutchinson, parted, reparameterized, secant
 from . import _options, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
 from ._gaussian import State, all_finite, beside, init, scales_of, select, step, tempered
@@ -40,7 +39,8 @@ __all__ = ["BLR", "OptState", "State", "init", "scales_of", "step", "tempered"]
 MAX_DENSE_DIMENSION = 256
 UNLEARNED_SCALE = 0.1
 GAUSSIANS = (NormalNatural, MultivariateNormalNatural)
-PROBES, MEMBERS = 2**31 - 1, 2**31 - 2  # what becomes of a step's key for them, far from the numbers of its draws
+# what becomes of a step's key for them, far from the numbers of its draws
+PROBES, MEMBERS, CHORDS = 2**31 - 1, 2**31 - 2, 2**31 - 3
 
 
 @jax.tree_util.register_dataclass
@@ -55,6 +55,7 @@ class OptState:
         others: state of the optimizer of the other parameters.
         layout: which parameter is which coordinate of the Gaussian, or of a member.
         roles: how each member takes part, in the order of a sweep.
+        estimator: of E_q[∇²ℓ], the one that is taken for `"auto"`.
     """
 
     params: dict[str, Any]
@@ -63,6 +64,7 @@ class OptState:
     others: Any
     layout: Layout
     roles: tuple[_sweep.Role, ...] = field(metadata={"static": True})
+    estimator: str = field(metadata={"static": True})
 
     @property
     def skipped(self) -> Array:
@@ -93,8 +95,10 @@ class BLR(numpyro.optim._NumPyroOptim):
         estimator: of E_q[∇²ℓ]. `"hessian"`: dense Hessians, the choice of `"auto"` up to 256 coordinates and for
             full-rank guides; D + 1 gradients a draw (2 D + 1 where the model has no second derivative), won back in
             steps. `"hutchinson"`: the diagonal from Hessian-vector products, 2 gradients a site (of at most 4) and 1, a
-            draw; the choice of `"auto"` beyond. `"gradient"`: the stock gradient alone, at the host's own draws; noisy,
-            so it needs a `learning_rate`.
+            draw; the choice of `"auto"` beyond. `"secant"`: either, from differences of gradients at a distance, of a
+            log density with kinks too; 2 D + 1 gradients a draw, or as Hutchinson's; the choice of `"auto"` where a
+            site is a Laplace distribution or made of one. `"gradient"`: the stock gradient alone, at the host's own
+            draws; noisy, so it needs a `learning_rate`.
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
             most: a step begins with one pair. Not used by `estimator="gradient"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q). 1 is Bayes.
@@ -144,17 +148,22 @@ class BLR(numpyro.optim._NumPyroOptim):
                 f"{', '.join(member.name for member in layout.members)} of other families. Use the default estimator."
             )
         layout, roles = self._roles(svi, args, kwargs, layout, params) if layout.members else (layout, ())
+        gaussian, estimator = self._gaussian(svi, args, kwargs, layout, params) if layout.sites else (None, "none")
         state = OptState(
             params=jax.tree.map(jnp.copy, dict(params)),  # no buffer twice, so that the state can be donated
-            gaussian=self._gaussian(svi, args, kwargs, layout, params) if layout.sites else None,
+            gaussian=gaussian,
             members=_sweep.init(gather_members(layout, params)),
             others=self.others.init({name: params[name] for name in layout.others}),
             layout=layout,
             roles=roles,
+            estimator=estimator,
         )
         return jnp.zeros((), int), state
 
-    def _gaussian(self, svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]) -> State:
+    def _gaussian(
+        self, svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]
+    ) -> tuple[State, str]:
+        """The state for the sites, and the estimator of their curvature."""
         full_rank = any(block.structure == "dense" for block in layout.blocks)
         if full_rank and self.estimator == "hutchinson":
             raise ValueError(
@@ -162,15 +171,12 @@ class BLR(numpyro.optim._NumPyroOptim):
                 "Use estimator='hessian', or a mean-field guide."
             )
         dimension = sum(block.size for block in layout.blocks)
-        small = self.estimator == "hessian" or (self.estimator == "auto" and dimension <= MAX_DENSE_DIMENSION)
-        family = DensePrecision if full_rank or small else DiagonalPrecision
-        recycles = (
-            family is DensePrecision
-            and self.learning_rate is None
-            and _svi.recyclable(svi, args, kwargs, layout, params)
-        )
-        if not recycles and self.estimator != "gradient":
-            _svi.warn_of_kinks(svi, args, kwargs, params)
+        small = dimension <= MAX_DENSE_DIMENSION and self.estimator in ("auto", "secant")
+        family = DensePrecision if full_rank or small or self.estimator == "hessian" else DiagonalPrecision
+        survey, estimator = _svi.survey(svi, args, kwargs, layout, params), self.estimator
+        recycles = family is DensePrecision and self.learning_rate is None and survey.fixed
+        if estimator == "auto":
+            estimator = "secant" if survey.kinked else "hessian" if family is DensePrecision else "hutchinson"
 
         @jax.jit  # one compilation and not one an operation
         def start(params: dict[str, Any]) -> State:
@@ -181,7 +187,7 @@ class BLR(numpyro.optim._NumPyroOptim):
                 start = jnp.where(layout.bare, loc, beside(loc, precision, layout.blocks))
             return init(start, precision, _recycled.init(loc, scales, self.num_draws // 2) if recycles else None)
 
-        return start(dict(params))
+        return start(dict(params)), estimator
 
     def _roles(
         self, svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]
@@ -244,6 +250,7 @@ class BLR(numpyro.optim._NumPyroOptim):
             objective = tempered(_svi.objective_of(fn, layout, params), layout.blocks, self.temperature)
             normals = partial(_svi.joint_noise, _svi.key_of(fn, layout, params), like=gaussian.loc)
             gaussian, noise = _recycled.drawn(gaussian, normals, self.num_draws // 2)
+            secants = opt_state.estimator == "secant"
             gaussian, average, moved = _recycled.step(
                 gaussian,
                 objective,
@@ -251,6 +258,7 @@ class BLR(numpyro.optim._NumPyroOptim):
                 noise,
                 self.temperature,
                 digest_of(_svi.arguments_of_step()),
+                chords=self._chords(fn, opt_state, len(gaussian.loc)) if secants else None,
                 forward=forward_mode_differentiation,
             )
             loss, g_others, extras = self.temperature * average, {}, Extras(None)
@@ -261,7 +269,7 @@ class BLR(numpyro.optim._NumPyroOptim):
                 layout.blocks,
                 others,
                 draws,
-                self._estimator(gaussian.precision, forward_mode_differentiation),
+                self._estimator(opt_state, forward_mode_differentiation),
                 self._rate(count, gaussian.loc.dtype),
             )
         if gaussian is not None:
@@ -293,7 +301,7 @@ class BLR(numpyro.optim._NumPyroOptim):
         if gaussian is not None:
             scales = scales_of(gaussian.precision, layout.blocks, gaussian.radius)
         objective = _svi.objective_of(fn, layout, params)
-        runs = draws._replace(number=draws.number[design.draw], sign=draws.sign[design.draw], probes=None)
+        runs = draws._replace(number=draws.number[design.draw], sign=draws.sign[design.draw], probes=None, chords=None)
 
         def evaluate(members: _svi.Members, others: Any) -> tuple[Array, Extras]:
             return jax.vmap(lambda draw: objective(loc, scales, others, draw))(runs._replace(members=members))
@@ -313,6 +321,7 @@ class BLR(numpyro.optim._NumPyroOptim):
         )
         draws = runs._replace(
             probes=None if draws.probes is None else draws.probes[design.draw],
+            chords=jax.tree.map(lambda chord: chord[design.draw], draws.chords),
             members=_sweep.place(naturals, opt_state.roles, design, rng_key),
         )
         return members, scatter_members(layout, naturals, params), draws, loss, g_others, extras
@@ -337,15 +346,27 @@ class BLR(numpyro.optim._NumPyroOptim):
             key = jax.random.fold_in(_svi.key_of(fn, opt_state.layout, opt_state.params), PROBES)
             signs = jax.random.rademacher(key, (self.num_draws, *gaussian.loc.shape), gaussian.loc.dtype)
             probes = parted(signs, opt_state.layout.blocks)
-        return Draws(number=number, sign=sign, probes=probes)
+        draws = Draws(number=number, sign=sign, probes=probes)
+        if gaussian is not None and opt_state.estimator == "secant":
+            num_directions = len(gaussian.loc) if probes is None else probes.shape[1]
+            draws = draws._replace(chords=self._chords(fn, opt_state, num_directions).mirrored())
+        return draws
 
-    def _estimator(self, precision: Precision, forward: bool) -> Callable[..., Estimate]:
-        dense = isinstance(precision, DensePrecision)
-        if self.estimator == "gradient":
+    def _chords(self, fn: Callable, opt_state: OptState, num_directions: int) -> Chords:
+        """Of as many pairs as a step may draw."""
+        assert opt_state.gaussian is not None  # there are curvatures to estimate
+        key = jax.random.fold_in(_svi.key_of(fn, opt_state.layout, opt_state.params), CHORDS)
+        return chords(key, self.num_draws // 2, num_directions, like=opt_state.gaussian.loc)
+
+    def _estimator(self, opt_state: OptState, forward: bool) -> Callable[..., Estimate]:
+        if opt_state.estimator == "gradient":
+            assert opt_state.gaussian is not None  # there is one whose gradient it is
+            dense = isinstance(opt_state.gaussian.precision, DensePrecision)
             return lambda objective, loc, scales, others, _, blocks: reparameterized(
                 objective, loc, scales, others, blocks, dense=dense, forward=forward
             )
-        return partial(hessian if dense else hutchinson, forward=forward)
+        estimators = {"hessian": hessian, "hutchinson": hutchinson, "secant": secant}
+        return partial(estimators[opt_state.estimator], forward=forward)
 
     def _rate(self, count: Array, dtype: Any) -> Array | None:
         if self.learning_rate is None:

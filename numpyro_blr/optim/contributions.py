@@ -29,6 +29,11 @@ from ._layout import gather, gather_members
 
 __all__ = ["merge", "site_contributions"]
 
+SECANTS = (
+    "contributions are made of Hessians, which do not know the curvature of a log density with kinks, here taken from "
+    "secants. Fit without the datum or the factor, and subtract."
+)
+
 
 def site_contributions(
     svi: SVI, state: Any, *args: Any, plate: str | None = None, num_draws: int = 256, **kwargs: Any
@@ -47,7 +52,8 @@ def site_contributions(
         converged: exactly if the model is conjugate, within Monte Carlo error elsewhere.
 
     Raises:
-        ValueError: the model has no plate of that name, or it is subsampled; `num_draws` is not even and positive.
+        ValueError: the model has no plate of that name, or it is subsampled, or it has kinks; `num_draws` is not even
+            and positive.
         TypeError: the optimizer of `svi` is not `BLR`, or the state is not its.
     """
     from .blr import BLR, OptState  # the rule's state and temperature are all that is known of the rule
@@ -57,6 +63,8 @@ def site_contributions(
     _, opt_state = _svi.checked_state(state.optim_state, OptState)
     if num_draws < 2 or num_draws % 2:
         raise ValueError(f"num_draws must be even and at least 2, got {num_draws}: draws come in antithetic pairs.")
+    if opt_state.estimator == "secant":
+        raise ValueError(SECANTS)
     names, sizes = _factors(svi, args, kwargs)
     if plate is None:
         weights = {name: jnp.ones(()) for name in names}

@@ -1,5 +1,6 @@
 """Estimators of ∇_μ E_q[ℓ] for Gaussian q: the averages of g = ∇ℓ and H = ∇²ℓ over draws (Bonnet, Price)."""
 
+from ._estimate import AtPoints as AtPoints
 from ._estimate import Draws as Draws
 from ._estimate import Estimate as Estimate
 from ._estimate import Extras as Extras
@@ -14,14 +15,21 @@ from .hessian import hessians_at as hessians_at
 from .hutchinson import hutchinson as hutchinson
 from .hutchinson import parted as parted
 from .reparameterized import reparameterized as reparameterized
+from .secant import Chords as Chords
+from .secant import chords as chords
+from .secant import secant as secant
+from .secant import secants_at as secants_at
 
 __all__ = [
+    "AtPoints",
+    "Chords",
     "Draws",
     "Estimate",
     "Extras",
     "Objective",
     "Transformation",
     "Vectorised",
+    "chords",
     "each_draw",
     "has_second_derivative",
     "hessian",
@@ -30,4 +38,6 @@ __all__ = [
     "losses_of",
     "parted",
     "reparameterized",
+    "secant",
+    "secants_at",
 ]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "AtPoints",
     "Draws",
     "Estimate",
     "Extras",
@@ -42,6 +43,7 @@ class Draws(NamedTuple):
             the others, or None where no estimator asks for them.
         members: the values of sites outside the Gaussian, for each of the S; passed through to the objective.
         noise: ε itself, [S, D], where the caller makes it; `number` and `sign` then play no part.
+        chords: those of `secant.py`, or None for other estimators.
     """
 
     number: Any
@@ -49,6 +51,7 @@ class Draws(NamedTuple):
     probes: Tensor | None
     members: Any = None
     noise: Tensor | None = None
+    chords: Any = None
 
     @classmethod
     def at(cls, noise: Tensor) -> Draws:
@@ -106,6 +109,14 @@ class Vectorised(ABC):
         """
 
 
+class AtPoints(ABC):
+    """An objective that can be evaluated at many means at once."""
+
+    @abstractmethod
+    def at_points(self, points: Tensor, scales: tuple[Tensor | None, ...], draw: Draws) -> tuple[Tensor, Tensor] | None:
+        """(L [P], g [P, D]) with each of `points` [P, D] for m, at the noise of one draw; None where that fails."""
+
+
 class Estimate(NamedTuple):
     """Averages over the draws.
 
@@ -129,7 +140,8 @@ class Estimate(NamedTuple):
 
 
 def each_draw(draws: Draws) -> list[Draws]:
-    columns = [[None] * len(draws.number) if column is None else column for column in draws]
+    """One by one, without their chords."""
+    columns = [[None] * len(draws.number) if column is None else column for column in draws._replace(chords=None)]
     return [Draws(*draw) for draw in zip(*columns, strict=True)]
 
 

@@ -10,7 +10,7 @@ The mixture bounds every w_j, and draws far from q weigh nothing. v regresses on
 as for a perfect sample of q. The last term corrects the spread of the draws, M_v, for that of q: regressing H on δ
 finds the third derivative, and its contraction with Σ/2 is what E_q[g] has beyond ∇ℓ(m). So ĝ and Ĥ are exact on a
 cubic ℓ. While the draws are worth less than 2 D, or δ̄ is far from 0 (δ̄ᵀ M⁻¹ δ̄ > 1/4), the regression is left out
-(v = w, M_v = Σ); ĝ is then exact on a quadratic. What curvature no Hessian has, the gradients have (`kinks.py`).
+(v = w, M_v = Σ); ĝ is then exact on a quadratic.
 
 The estimate is worth n = min(1, Z) / Σ_j w_j² equally weighted draws, where Z = Σ_j q(z_j) / (2 Σ_k q_k(z_j)) is 1 on
 average if the draws cover q, and nearly 0 if q lies elsewhere. A draw costs its Hessian once and serves every later q
@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from ..families import Block, Precision
-from .kinks import Kinks, missing, outer_products
 
 __all__ = [
     "Moments",
@@ -89,8 +88,7 @@ class Moments(NamedTuple):
         weights: w_j, [K, 2].
         effective: n, the number of equally weighted draws that these are worth at q.
         gradient: ĝ, [D].
-        hessian: Ĥ with the curvature of kinks, [D, D].
-        kinks: that curvature.
+        hessian: Ĥ, [D, D].
         deviations: by how much each pair moves ĝ, [K, D]; they add up to zero.
     """
 
@@ -98,7 +96,6 @@ class Moments(NamedTuple):
     effective: float
     gradient: Tensor
     hessian: Tensor
-    kinks: Kinks
     deviations: Tensor
 
 
@@ -170,15 +167,15 @@ def moments(pool: Pool, blocks: tuple[Block, ...], loc: Tensor, scales: tuple[An
     weights = log_ratio.reshape(-1).softmax(0).reshape(log_ratio.shape)
     effective = min(1.0, float(log_ratio.exp().sum()) / 2) / float((weights**2).sum())
 
-    mean, identity = torch.einsum("kp,kpi->i", weights, noise), torch.eye(size, dtype=loc.dtype, device=loc.device)
-    regressed, excess, regular, slopes = weights, torch.zeros_like(noise), False, noise - mean
+    regressed, excess = weights, torch.zeros_like(noise)
     if effective > REGULAR * size:
-        factor, singular = torch.linalg.cholesky_ex(outer_products(weights[..., None] * slopes, slopes))
-        slopes = torch.cholesky_solve(slopes.reshape(-1, size).T, factor).T.reshape(noise.shape)  # M⁻¹ c_j
-        regular = not singular and bool(mean @ torch.cholesky_solve(mean[:, None], factor)[:, 0] < MAX_SHIFT)
-    if regular:
-        regressed = weights * (1 - slopes @ mean)
-        excess = slopes @ (identity - outer_products(regressed[..., None] * noise, noise))
+        mean = torch.einsum("kp,kpi->i", weights, noise)
+        centred, identity = noise - mean, torch.eye(size, dtype=loc.dtype, device=loc.device)
+        factor, singular = torch.linalg.cholesky_ex(_second_moment(weights, centred))
+        slopes = torch.cholesky_solve(centred.reshape(-1, size).T, factor).T.reshape(noise.shape)  # M⁻¹ c_j
+        if not singular and mean @ torch.cholesky_solve(mean[:, None], factor)[:, 0] < MAX_SHIFT:
+            regressed = weights * (1 - slopes @ mean)
+            excess = slopes @ (identity - _second_moment(regressed, noise))
 
     hessian = torch.einsum("kp,kpij->ij", regressed, pool.hessians)
     excess = scaled(blocks, scales, excess)
@@ -186,14 +183,12 @@ def moments(pool: Pool, blocks: tuple[Block, ...], loc: Tensor, scales: tuple[An
     quadratic = pool.gradients - (pool.points - loc) @ hessian
     terms = (regressed[..., None] * quadratic + weights[..., None] * cubic).sum(1)
     gradient = terms.sum(0)
-    deviations = terms - weights.sum(1)[:, None] * gradient
+    return Moments(weights, effective, gradient, hessian, terms - weights.sum(1)[:, None] * gradient)
 
-    transposed = scaled(blocks, scales, identity)  # Cᵀ
-    rest = (quadratic - gradient) @ transposed.mT
-    kinks = missing(weights, noise, slopes, rest, hessian, transposed, effective)
-    if not regular:
-        gradient = gradient - kinks.curvature @ scaled(blocks, scales, mean)
-    return Moments(weights, effective, gradient, hessian + kinks.curvature, kinks, deviations)
+
+def _second_moment(weights: Tensor, vectors: Tensor) -> Tensor:
+    rows = vectors.flatten(0, 1)
+    return (weights.flatten()[:, None] * rows).mT @ rows
 
 
 def squared_error(moments: Moments, precision: Precision) -> float:
@@ -218,9 +213,8 @@ def noise_cost(pool: Pool, moments: Moments, blocks: tuple[Block, ...], precisio
     groups, scales = _groups(blocks).to(pool.points.device), tuple(precision.scale(block) for block in blocks)
     factor = scaled(blocks, scales, torch.eye(len(groups)).to(pool.points)).T
     hessians = torch.einsum("kj,kjab->kab", moments.weights, pool.hessians)
-    hessians -= moments.weights.sum(1)[:, None, None] * (moments.hessian - moments.kinks.curvature)
-    within = groups[:, None] == groups
-    whitened = (factor.T @ hessians @ factor)[:, within]
+    hessians -= moments.weights.sum(1)[:, None, None] * moments.hessian
+    whitened = (factor.T @ hessians @ factor)[:, groups[:, None] == groups]
     gradients = moments.deviations
     products = gradients @ precision.solve(gradients).T / 2 + whitened @ whitened.T / 4  # of two pairs
     frames, shares = pool.numbers // len(groups), moments.weights.sum(1)
@@ -228,10 +222,8 @@ def noise_cost(pool: Pool, moments: Moments, blocks: tuple[Block, ...], precisio
     num_frames = 1 / float((same * torch.outer(shares, shares)).sum())
     num_pairs = moments.effective / 2
     if num_frames >= FRAMES:
-        cost = float((same * products).sum()) * num_frames / (num_frames - 1)
-    else:
-        cost = float(products.trace()) * num_pairs / max(num_pairs - 1, 0.5)
-    return cost + float(moments.kinks.variance[within].sum()) / 4
+        return float((same * products).sum()) * num_frames / (num_frames - 1)
+    return float(products.trace()) * num_pairs / max(num_pairs - 1, 0.5)
 
 
 def elbo(

@@ -38,13 +38,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..families import Block, DensePrecision
-from ..gradients import Draws, Objective, hessians_at, orthogonal, recycled
+from ..gradients import Chords, Draws, Objective, hessians_at, orthogonal, recycled, secants_at
 from . import _rate
 from ._gaussian import State, all_finite, losses_at, scales_of, skipped
 
@@ -164,6 +165,7 @@ def step(
     temperature: float,
     digest: int,
     *,
+    chords: Chords | None = None,
     differences: bool = False,
 ) -> tuple[State, Tensor, bool]:
     """One step.
@@ -172,6 +174,7 @@ def step(
         objective: E_q[ℓ]/τ − H(q) at a noise ε, see `gradients/_estimate.py`.
         noise: ε of as many pairs as a step may draw, [K, D]; the first `num_pairs` are used.
         digest: of the model's arguments.
+        chords: of the same pairs, where the curvature is that of secants; None where it is that of Hessians.
         differences: whether Hessians are differences of gradients.
 
     Returns:
@@ -184,7 +187,7 @@ def step(
     assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
     pairs = torch.stack([noise, -noise], 1)[: recycling.num_pairs]
     draws = Draws.at(pairs.flatten(0, 1))  # one object for all that is asked of them, whose noise is made once
-    pool, losses, usable, evaluations = _fresh(state, objective, blocks, pairs, draws, temperature, differences)
+    pool, losses, usable, evaluations = _fresh(state, objective, blocks, pairs, draws, chords, temperature, differences)
 
     def place(loc: Tensor, precision: DensePrecision, scales: tuple[Any, ...]) -> _Place:
         moments = recycled.moments(pool, blocks, loc, scales)
@@ -276,6 +279,7 @@ def _fresh(
     blocks: tuple[Block, ...],
     pairs: Tensor,
     draws: Draws,
+    chords: Chords | None,
     temperature: float,
     differences: bool,
 ) -> tuple[recycled.Pool, Tensor, bool, int]:
@@ -285,9 +289,11 @@ def _fresh(
     scales = scales_of(state.precision, blocks, state.radius)
     _, log_determinant = recycled.standardized(blocks, state.loc, scales, state.loc)
     constant = log_determinant + len(state.loc) * math.log(2 * math.pi) / (2 * temperature)
-    hessians, losses, gradients, _, cost = hessians_at(
-        objective, state.loc, scales, None, draws, blocks, differences=differences
-    )
+    curvatures_at: Any = partial(hessians_at, differences=differences)
+    if chords is not None:
+        own, curvatures_at = Chords(*(chord[: len(pairs)] for chord in chords)), secants_at
+        draws = draws._replace(chords=own.mirrored(1))
+    hessians, losses, gradients, _, cost = curvatures_at(objective, state.loc, scales, None, draws, blocks)
     losses = losses.reshape(-1, 2)
     energies = losses + constant + (pairs**2).sum(-1) / (2 * temperature)  # ℓ/τ
     found = [pairs, energies, gradients.reshape(pairs.shape), hessians.reshape(*pairs.shape, -1)]

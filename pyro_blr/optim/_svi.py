@@ -12,6 +12,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..gradients import Draws, Extras, Objective
+from ..gradients import AtPoints, Draws, Extras, Objective
 from ._layout import (
     Layout,
     Member,
@@ -57,6 +58,7 @@ __all__ = [
     "Fingerprint",
     "Members",
     "Redraw",
+    "Mapped",
     "Turns",
     "calling_svi",
     "check_loss",
@@ -69,23 +71,18 @@ __all__ = [
     "host_optimizer",
     "joint_noise",
     "objective_of",
-    "recyclable",
     "read_by_the_program",
     "report_skipped",
     "noise_of",
     "seen",
     "standard_normal",
+    "survey",
     "traceable_objective_of",
     "unchanged",
-    "warn_of_kinks",
 ]
 
 KINKED = torch.distributions.Laplace, dist.AsymmetricLaplace
-WARNING_OF_KINKS = (
-    "BLR: the log density of {} has kinks, whose curvature is in no Hessian. BLR finds it from the draws that it "
-    "keeps, and here it keeps none (for a learning_rate, minibatches, several particles, parameters that belong to no "
-    "site, or more than 256 coordinates): the guide will be too wide. Use BLR(learning_rate, estimator='gradient')."
-)
+DISTRIBUTIONS = torch.distributions.Distribution, dist.Distribution
 
 SUPPORTED_LOSSES = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
 # A compiled loss cannot be given other draws, so the class that it compiles is evaluated in its place.
@@ -299,40 +296,91 @@ def check_not_read(names: set[str]) -> None:
         )
 
 
-def recyclable(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> bool:
-    """Whether the loss at a draw is −log p(D, z) + log q(z) of a fixed ℓ: one particle, all data, no analytic KL."""
+class Survey(NamedTuple):
+    """What the rule has to know of the loss before its first step.
+
+    Attributes:
+        fixed: whether it is −log p(D, z) + log q(z) of a fixed ℓ at a draw: one particle, all data, no analytic KL.
+            Then the draws of earlier steps serve later ones.
+        kinked: whether a site is known to have a log density with kinks.
+    """
+
+    fixed: bool
+    kinked: bool
+
+
+def survey(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> Survey:
     elbo = check_loss(svi)
     one_density = evaluated_as(elbo) in (Trace_ELBO, TraceEnum_ELBO) and elbo.num_particles == 1
     drawn = all(block.structure in ("diagonal", "dense") for block in layout.blocks)
-    if not (one_density and drawn) or layout.members or layout.others:
-        return False
+    alone = not (layout.members or layout.others)
     loc, scales = gather(layout)
     location = loc.detach().requires_grad_()  # TraceEnum_ELBO refuses a loss that cannot be differentiated
-    with torch.enable_grad():
+    with torch.enable_grad(), Kinks() as kinks:
         objective = objective_of(svi, args, kwargs, layout, seed=0)
         extras = objective(location, scales, None, Draws(0, 1.0, None))[1]
-    return extras.weight is None and not extras.minibatch
+    return Survey(one_density and drawn and alone and extras.weight is None and not extras.minibatch, kinks.found)
 
 
-def warn_of_kinks(svi: SVI, args: tuple, kwargs: dict) -> None:
-    """Where no draws are kept, nothing knows their curvature (`gradients/kinks.py`)."""
-    with pyro.poutine.block(), undisturbed(0), torch.no_grad():
-        guide_trace = pyro.poutine.trace(svi.guide).get_trace(*args, **kwargs)
-        model = pyro.poutine.replay(svi.model, trace=guide_trace)
-        nodes = pyro.poutine.trace(model).get_trace(*args, **kwargs).nodes
-    sites = [name for name, site in nodes.items() if site["type"] == "sample"]
-    kinked = [name for name in sites if isinstance(unwrap(nodes[name]["fn"])[0], KINKED)]
-    if kinked:
-        warnings.warn(WARNING_OF_KINKS.format(", ".join(map(repr, kinked))), stacklevel=5)
+class Kinks(Messenger):
+    """Notes whether a site has a distribution with kinks, or one that is made of such."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.found |= has_kinks(msg["fn"])
 
 
-def traceable_objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> Objective:
-    """`objective_of` without the host's looks at a value (a warning of NaN), for `make_fx`; the noise is given."""
+def has_kinks(fn: Any) -> bool:
+    parts = [
+        part
+        for value in getattr(fn, "__dict__", {}).values()
+        for part in (value if isinstance(value, (list, tuple)) else [value])
+    ]
+    return isinstance(fn, KINKED) or any(has_kinks(part) for part in parts if isinstance(part, DISTRIBUTIONS))
+
+
+@dataclass
+class Mapped(AtPoints):
+    """The objective of one step, at many means at once under `torch.func.vmap`, and the host's evaluation at one.
+
+    Attributes:
+        host: the host's evaluation.
+        mapped: the same without its looks at values, of which vmap has many.
+        checked: whether the two have been found equal.
+    """
+
+    host: Objective
+    mapped: Objective
+    checked: bool = False
+
+    def __call__(self, loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draw: Draws):
+        return self.host(loc, scales, others, draw)
+
+    def at_points(self, points: Tensor, scales: tuple[Tensor | None, ...], draw: Draws) -> tuple[Tensor, Tensor] | None:
+        def loss(point: Tensor) -> Tensor:
+            return self.mapped(point, scales, None, draw)[0]
+
+        try:
+            gradients, losses = torch.func.vmap(torch.func.grad_and_value(loss), randomness="same")(points)
+        except Exception:  # whatever a model does that is no operation on tensors, or a matrix without a factor
+            return None
+        if not self.checked:
+            with torch.enable_grad():  # TraceEnum_ELBO refuses a loss that cannot be differentiated
+                expected, _ = self.host(points[0].detach().requires_grad_(), scales, None, draw)
+            self.checked = torch.allclose(losses[0], expected.detach(), equal_nan=True)
+        return (losses, gradients) if self.checked else None
+
+
+def traceable_objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout, seed: int = 0) -> Objective:
+    """`objective_of` without the host's looks at a value (a warning of NaN), for `make_fx` and vmap."""
     elbo = check_loss(svi)
     kind = evaluated_as(elbo)
 
     def objective(loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draw: Draws):
-        with undisturbed(0, loc.device), unchecked(), ItemsAreTensors(), Redraw(layout, loc, scales, draw, seed=0):
+        with undisturbed(seed, loc.device), unchecked(), ItemsAreTensors(), Redraw(layout, loc, scales, draw, seed):
             pairs = kind._get_traces(elbo, svi.model, svi.guide, args, kwargs)
             if issubclass(kind, TraceEnum_ELBO):
                 losses = [-_compute_dice_elbo(*pair) for pair in pairs]

@@ -17,7 +17,7 @@ from pyro.infer import SVI
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..gradients import Draws, Estimate, Extras, Objective, Transformation, Vectorised
+from ..gradients import AtPoints, Draws, Estimate, Extras, Objective, Transformation, Vectorised
 from . import _svi
 from ._graph import Graph, Untraceable, graph_of
 from ._layout import Layout
@@ -277,7 +277,8 @@ def _check(traced: Traced, estimate: Callable[[Objective, Tensor], Estimate], po
             found = estimate(given, point)
         except Exception as error:
             raise Untraceable(_described_error("a traced step", error)) from error
-        expected = estimate(given.__call__, point)
+        host = given.untraced if isinstance(given.untraced, AtPoints) else given.__call__
+        expected = estimate(host, point)
         if torch.equal(found.losses.isfinite(), expected.losses.isfinite()) and not expected.losses.isfinite().all():
             continue  # a step that is refused, whatever the derivatives are
         largest = [float(array.abs().nan_to_num(0, 0, 0).max()) for array in (expected.gradient, expected.hessian)]

@@ -26,13 +26,14 @@ from ..families import (
     DiagonalPrecision,
     MultivariateNormalNatural,
     NormalNatural,
-    Precision,
 )
 from ..gradients import (
+    Chords,
     Draws,
     Estimate,
     Extras,
     Objective,
+    chords,
     each_draw,
     has_second_derivative,
     hessian,
@@ -41,6 +42,7 @@ from ..gradients import (
     parted,
     recycled,
     reparameterized,
+    secant,
 )
 from . import _options, _rate, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
@@ -68,6 +70,7 @@ class OptState:
         roles: how each member takes part, in the order of a sweep.
         seed: of all draws, from the host's random state at the first step: how much of that the host's own evaluation
             of the loss takes from step to step makes no difference to them.
+        estimator: of E_q[∇²ℓ], the one that is taken for `"auto"`.
         differences: whether second derivatives are differences of gradients, because the model has none.
     """
 
@@ -77,6 +80,7 @@ class OptState:
     layout: Layout
     roles: tuple[_sweep.Role, ...]
     seed: int
+    estimator: str
     differences: bool = False
 
     @property
@@ -111,8 +115,10 @@ class BLR(pyro.optim.PyroOptim):
         estimator: of E_q[∇²ℓ]. `"hessian"`: dense Hessians, the choice of `"auto"` up to 256 coordinates and for
             full-rank guides; D + 1 gradients a draw (2 D + 1 where the model has no second derivative), won back in
             steps. `"hutchinson"`: the diagonal from Hessian-vector products, 2 gradients a site (of at most 4) and 1, a
-            draw; the choice of `"auto"` beyond. `"gradient"`: the stock gradient alone, at the host's own draws; noisy,
-            so it needs a `learning_rate`.
+            draw; the choice of `"auto"` beyond. `"secant"`: either, from differences of gradients at a distance, of a
+            log density with kinks too; 2 D + 1 gradients a draw, or as Hutchinson's; the choice of `"auto"` where a
+            site is a Laplace distribution or made of one. `"gradient"`: the stock gradient alone, at the host's own
+            draws; noisy, so it needs a `learning_rate`.
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
             most: a step begins with one pair. Not used by `estimator="gradient"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q). 1 is Bayes.
@@ -178,18 +184,21 @@ class BLR(pyro.optim.PyroOptim):
                 f"{', '.join(member.name for member in layout.members)} of other families. Use the default estimator."
             )
         layout, roles = self._roles(svi, args, kwargs, layout) if layout.members else (layout, ())
+        gaussian, estimator = self._gaussian(svi, args, kwargs, layout) if layout.sites else (None, "none")
         state = OptState(
             count=0,
-            gaussian=self._gaussian(svi, args, kwargs, layout) if layout.sites else None,
+            gaussian=gaussian,
             members=_sweep.init(gather_members(layout)),
             layout=layout,
             roles=roles,
             seed=self._loaded["seed"] if self._loaded else int(torch.randint(2**62, ())),
+            estimator=estimator,
         )
         state = replace(state, differences=self._needs_differences(svi, args, kwargs, state))
         return self._resumed(state) if self._loaded else state
 
-    def _gaussian(self, svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> State:
+    def _gaussian(self, svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> tuple[State, str]:
+        """The state for the sites, and the estimator of their curvature."""
         full_rank = any(block.structure == "dense" for block in layout.blocks)
         if full_rank and self.estimator == "hutchinson":
             raise ValueError(
@@ -197,23 +206,22 @@ class BLR(pyro.optim.PyroOptim):
                 "Use estimator='hessian', or a mean-field guide."
             )
         dimension = sum(block.size for block in layout.blocks)
-        small = self.estimator == "hessian" or (self.estimator == "auto" and dimension <= MAX_DENSE_DIMENSION)
-        family = DensePrecision if full_rank or small else DiagonalPrecision
+        small = dimension <= MAX_DENSE_DIMENSION and self.estimator in ("auto", "secant")
+        family = DensePrecision if full_rank or small or self.estimator == "hessian" else DiagonalPrecision
         loc, scales = gather(layout)
         precision = family.from_scales(layout.blocks, scales, UNLEARNED_SCALE, like=loc)
-        recycles = (
-            family is DensePrecision and self.learning_rate is None and _svi.recyclable(svi, args, kwargs, layout)
-        )
-        if not recycles and self.estimator != "gradient":
-            _svi.warn_of_kinks(svi, args, kwargs)
+        survey, estimator = _svi.survey(svi, args, kwargs, layout), self.estimator
+        recycles = family is DensePrecision and self.learning_rate is None and survey.fixed
+        if estimator == "auto":
+            estimator = "secant" if survey.kinked else "hessian" if family is DensePrecision else "hutchinson"
         start = loc
         if self.learning_rate is None:
             bare = torch.as_tensor(layout.bare, device=loc.device)
             start = torch.where(bare, loc, beside(loc, precision, layout.blocks))
-        return init(start, precision, _recycled.init(loc, scales, self.num_draws // 2) if recycles else None)
+        return init(start, precision, _recycled.init(loc, scales, self.num_draws // 2) if recycles else None), estimator
 
     def _needs_differences(self, svi: SVI, args: tuple, kwargs: dict, state: OptState) -> bool:
-        if state.gaussian is None or state.layout.members or self.estimator == "gradient":
+        if state.gaussian is None or state.layout.members or state.estimator in ("secant", "gradient"):
             return False
         objective, blocks = _svi.objective_of(svi, args, kwargs, state.layout, seed=0), state.layout.blocks
         scales = scales_of(state.gaussian.precision, blocks, 1.0)
@@ -317,7 +325,14 @@ class BLR(pyro.optim.PyroOptim):
             gaussian, noise = _recycled.drawn(gaussian, normals, self.num_draws // 2)
             digest = self._fingerprint.of(args, kwargs)
             gaussian, average, moved = _recycled.step(
-                gaussian, objective, layout.blocks, noise, self.temperature, digest, differences=state.differences
+                gaussian,
+                objective,
+                layout.blocks,
+                noise,
+                self.temperature,
+                digest,
+                chords=self._chords(state, seed, len(gaussian.loc)) if state.estimator == "secant" else None,
+                differences=state.differences,
             )
             loss = self.temperature * average
         elif gaussian is not None:
@@ -327,7 +342,7 @@ class BLR(pyro.optim.PyroOptim):
                 layout.blocks,
                 None,
                 draws,
-                self._estimator(gaussian.precision, state.differences),
+                self._estimator(state),
                 self._rate(state.count),
             )
             loss = loss if layout.members else self.temperature * estimate.loss
@@ -355,15 +370,15 @@ class BLR(pyro.optim.PyroOptim):
             return tempered(objective, layout.blocks, self.temperature)
 
         untraced = temper(_svi.objective_of(svi, args, kwargs, layout, seed))
+        if state.estimator == "secant":
+            untraced = _svi.Mapped(untraced, temper(_svi.traceable_objective_of(svi, args, kwargs, layout, seed)))
         if not self.compile:
             return untraced
         scales = () if gaussian is None else scales_of(gaussian.precision, layout.blocks, gaussian.radius)
 
         def estimate(objective: Objective, loc: Tensor) -> Estimate:
             assert gaussian is not None  # where it is, nothing is traced
-            return self._estimator(gaussian.precision, state.differences)(
-                objective, loc, scales, None, draws, layout.blocks
-            )
+            return self._estimator(state)(objective, loc, scales, None, draws, layout.blocks)
 
         start = None if gaussian is None else (gaussian.loc, scales)
         return self._tracer.objective(
@@ -384,6 +399,7 @@ class BLR(pyro.optim.PyroOptim):
             number=[draws.number[draw] for draw in design.draw],
             sign=[draws.sign[draw] for draw in design.draw],
             probes=None,
+            chords=None,
         )
 
         def evaluate(members: _svi.Members, others: Any) -> tuple[Tensor, Extras]:
@@ -404,6 +420,7 @@ class BLR(pyro.optim.PyroOptim):
         )
         draws = runs._replace(
             probes=None if draws.probes is None else draws.probes[design.draw],
+            chords=None if draws.chords is None else Chords(*(chord[design.draw] for chord in draws.chords)),
             members=_sweep.place(naturals, state.roles, design, seed).each(len(design.draw)),
         )
         return members, naturals, draws, loss
@@ -490,22 +507,36 @@ class BLR(pyro.optim.PyroOptim):
             return Draws(number=[0], sign=[1.0], probes=None)  # the sweep's expectations are exact
         recycling = None if gaussian is None else gaussian.recycling
         num_pairs = self.num_draws // 2 if recycling is None else recycling.num_pairs
-        probes = None
+        draws = Draws(number=2 * list(range(num_pairs)), sign=[1.0] * num_pairs + [-1.0] * num_pairs, probes=None)
         if gaussian is not None and isinstance(gaussian.precision, DiagonalPrecision):
             # a generator of their own, beside those of the draws: the host's random state does not depend on them
             loc = gaussian.loc
             generator = torch.Generator(loc.device).manual_seed(seed + 1 + self.num_draws)
             signs = torch.randint(2, (self.num_draws, len(loc)), generator=generator, device=loc.device)
-            probes = parted(signs.to(loc.dtype) * 2 - 1, state.layout.blocks)
-        return Draws(number=2 * list(range(num_pairs)), sign=[1.0] * num_pairs + [-1.0] * num_pairs, probes=probes)
+            draws = draws._replace(probes=parted(signs.to(loc.dtype) * 2 - 1, state.layout.blocks))
+        if gaussian is not None and state.estimator == "secant":
+            num_directions = len(gaussian.loc) if draws.probes is None else draws.probes.shape[1]
+            own = self._chords(state, seed, num_directions)
+            draws = draws._replace(chords=Chords(*(chord[:num_pairs] for chord in own)).mirrored())
+        return draws
 
-    def _estimator(self, precision: Precision, differences: bool) -> Callable[..., Estimate]:
-        dense = isinstance(precision, DensePrecision)
-        if self.estimator == "gradient":
+    def _chords(self, state: OptState, seed: int, num_directions: int) -> Chords:
+        """Of as many pairs as a step may draw."""
+        assert state.gaussian is not None  # there are curvatures to estimate
+        loc = state.gaussian.loc
+        generator = torch.Generator(loc.device).manual_seed(seed + 2 + self.num_draws)
+        return chords(generator, self.num_draws // 2, num_directions, like=loc)
+
+    def _estimator(self, state: OptState) -> Callable[..., Estimate]:
+        if state.estimator == "gradient":
+            assert state.gaussian is not None  # there is one whose gradient it is
+            dense = isinstance(state.gaussian.precision, DensePrecision)
             return lambda objective, loc, scales, others, _, blocks: reparameterized(
                 objective, loc, scales, others, blocks, dense=dense
             )
-        return partial(hessian if dense else hutchinson, differences=differences)
+        if state.estimator == "secant":
+            return secant
+        return partial({"hessian": hessian, "hutchinson": hutchinson}[state.estimator], differences=state.differences)
 
     def _rate(self, count: int) -> float | None:
         if callable(self.learning_rate):

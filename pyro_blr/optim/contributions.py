@@ -29,6 +29,11 @@ from ._layout import gather, gather_members, undisturbed
 
 __all__ = ["merge", "site_contributions"]
 
+SECANTS = (
+    "contributions are made of Hessians, which do not know the curvature of a log density with kinks, here taken from "
+    "secants. Fit without the datum or the factor, and subtract."
+)
+
 
 def site_contributions(
     svi: SVI, *args: Any, plate: str | None = None, num_draws: int = 256, **kwargs: Any
@@ -47,8 +52,8 @@ def site_contributions(
         converged: exactly if the model is conjugate, within Monte Carlo error elsewhere.
 
     Raises:
-        ValueError: the model has no plate of that name, or it is subsampled, or it has no second derivative;
-            `num_draws` is not even and positive.
+        ValueError: the model has no plate of that name, or it is subsampled, or it has kinks, or no second
+            derivative; `num_draws` is not even and positive.
         TypeError: the optimizer of `svi` is not `BLR`, or has taken no step.
     """
     from .blr import OptState  # the rule's state and temperature are all that is known of the rule
@@ -61,6 +66,8 @@ def site_contributions(
         )
     if num_draws < 2 or num_draws % 2:
         raise ValueError(f"num_draws must be even and at least 2, got {num_draws}: draws come in antithetic pairs.")
+    if opt_state.estimator == "secant":
+        raise ValueError(SECANTS)
     if opt_state.differences:
         raise ValueError(
             "contributions are derivatives of the model's second derivatives, and it has an operation whose gradient "
