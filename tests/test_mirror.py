@@ -61,7 +61,8 @@ DIFFERENCES = {
     "gradients/_estimate.py": {
         "__all__", "average_over_pairs", "each_draw", "value_and_gradient", "value_and_gradients",
         # an objective that was traced takes all draws at once, or all means; JAX maps over them
-        "AtPoints", "AtPoints.at_points", "Transformation", "Vectorised", "Vectorised.at_all", "Vectorised.extras", "at_every_draw", "losses_of",
+        "AtPoints", "AtPoints.at_points", "Transformation", "Vectorised", "Vectorised.at_all", "Vectorised.extras",
+        "at_every_draw", "losses_of",
     },
     "gradients/_second.py": {
         # JAX refuses a derivative that there is none of, and torch has to be checked
