@@ -190,14 +190,21 @@ def losses_at(problem, loc: np.ndarray, factor: np.ndarray, parts: Sequence, noi
     return np.array([problem.value(loc + factor @ eps) for eps in noise]) - log_determinant(factor, parts)
 
 
+UNKNOWN_SCALE = 0.1  # of a point, and of a coordinate whose covariance is not learned
+
+
 def second_order(problem, loc, factor, parts, noise, probes=None) -> Estimate:
-    """Averages over ±ε of g and of H, or of Σ_p u_p ⊙ H u_p with `probes` u_p, [S, P, D]."""
+    """Averages over ±ε of g and of H, or of Σ_p u_p ⊙ H (σ u_p) / σ with σ = C 1 and `probes` u_p, [S, P, D]."""
     signed = np.concatenate([noise, -noise])
     points = [loc + factor @ eps for eps in signed]
     gradients = np.array([problem.gradient(z) for z in points])
     hessians = np.array([problem.hessian(z) for z in points])
     if probes is not None:
-        hessians = np.array([(u * (u @ hessian)).sum(0) for u, hessian in zip(probes, hessians, strict=True)])
+        sigma = factor.sum(1)
+        for part in (part for part in parts if part.structure not in ("diagonal", "dense")):
+            sigma[part.start : part.start + part.size] = UNKNOWN_SCALE
+        products = [(u * ((sigma * u) @ hessian)).sum(0) for u, hessian in zip(probes, hessians, strict=True)]
+        hessians = np.array(products) / sigma
     pairs = (gradients[: len(noise)] + gradients[len(noise) :]) / 2
     return Estimate(losses_at(problem, loc, factor, parts, signed), pairs, hessians.mean(0))
 

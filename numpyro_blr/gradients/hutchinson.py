@@ -1,10 +1,11 @@
-"""The diagonal of E_q[H] from Hessian-vector products: diag H ≈ Σ_p u_p ⊙ (H u_p), u_p Rademacher in a part p.
+"""The diagonal of E_q[H] from Hessian-vector products: diag H ≈ Σ_p u_p ⊙ (H σ u_p) / σ, u_p Rademacher in a part p.
 
 The parts are the sites of the guide, of which the smallest share one. Unbiased; as u ⊙ u = 1, the noise comes from the
-off-diagonal entries between coordinates of one part alone. Exact where those are zero, however the parts are coupled:
-the rows of a plate are independent given the other sites, and a single probe for all would see their coupling to these
-as noise. Costs two gradients a part and one, a draw, whatever D is; the automatic choice where a dense Hessian is too
-large.
+off-diagonal entries between coordinates of one part alone, and where σ are the scales of q, H_aa = σ_a⁻² has that of
+H_ab σ_a σ_b, whatever the units; without them narrow coordinates would drown wide ones. Exact where those entries are
+zero, however the parts are coupled: the rows of a plate are independent given the other sites, and a single probe for
+all would see their coupling to these as noise. Costs two gradients a part and one, a draw, whatever D is; the automatic
+choice where a dense Hessian is too large.
 
 Source: Hutchinson 1990; Bekas, Kokiopoulou & Saad 2007 for the diagonal and for probes that leave coordinates out.
 """
@@ -42,7 +43,9 @@ def hutchinson(
     assert probes is not None  # the rule makes them for a diagonal precision
     evaluate = value_and_gradients(objective, (0, 2), forward)
 
-    def at_every_draw(products: Products, unit: Array) -> tuple[Any, ...]:
+    unit = standard_deviations(blocks, scales, jnp.ones_like(loc))
+
+    def at_every_draw(products: Products) -> tuple[Any, ...]:
         def at_draw(draw: Draws, probes: Array):
             def gradient(loc):
                 (loss, extras), (g, g_others) = evaluate(loc, scales, others, draw)
@@ -53,16 +56,13 @@ def hutchinson(
 
         return jax.vmap(at_draw)(draws, probes)
 
-    def in_differences() -> tuple[Any, ...]:
-        return at_every_draw(by_differences, standard_deviations(blocks, scales, jnp.ones_like(loc)))
-
     cost: Any = 1 + 2 * probes.shape[1]
     try:
-        diagonals, losses, gradients, g_others, extras = at_every_draw(by_forward_mode, jnp.ones_like(loc))
-        diagonals, missing = where_known(diagonals, gradients, lambda: in_differences()[0])
+        diagonals, losses, gradients, g_others, extras = at_every_draw(by_forward_mode)
+        diagonals, missing = where_known(diagonals, gradients, lambda: at_every_draw(by_differences)[0])
         cost += jnp.where(missing, cost - 1, 0)
     except NO_DERIVATIVE:
-        diagonals, losses, gradients, g_others, extras = in_differences()
+        diagonals, losses, gradients, g_others, extras = at_every_draw(by_differences)
     return average_over_pairs(losses, gradients, diagonals, g_others, extras, cost)
 
 

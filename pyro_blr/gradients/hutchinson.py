@@ -1,10 +1,11 @@
-"""The diagonal of E_q[H] from Hessian-vector products: diag H ≈ Σ_p u_p ⊙ (H u_p), u_p Rademacher in a part p.
+"""The diagonal of E_q[H] from Hessian-vector products: diag H ≈ Σ_p u_p ⊙ (H σ u_p) / σ, u_p Rademacher in a part p.
 
 The parts are the sites of the guide, of which the smallest share one. Unbiased; as u ⊙ u = 1, the noise comes from the
-off-diagonal entries between coordinates of one part alone. Exact where those are zero, however the parts are coupled:
-the rows of a plate are independent given the other sites, and a single probe for all would see their coupling to these
-as noise. Costs two gradients a part and one, a draw, whatever D is; the automatic choice where a dense Hessian is too
-large.
+off-diagonal entries between coordinates of one part alone, and where σ are the scales of q, H_aa = σ_a⁻² has that of
+H_ab σ_a σ_b, whatever the units; without them narrow coordinates would drown wide ones. Exact where those entries are
+zero, however the parts are coupled: the rows of a plate are independent given the other sites, and a single probe for
+all would see their coupling to these as noise. Costs two gradients a part and one, a draw, whatever D is; the automatic
+choice where a dense Hessian is too large.
 
 Source: Hutchinson 1990; Bekas, Kokiopoulou & Saad 2007 for the diagonal and for probes that leave coordinates out.
 """
@@ -37,13 +38,13 @@ def hutchinson(
     differences: bool = False,
 ) -> Estimate:
     """E_q[g] and an estimate of diag E_q[∇²ℓ] at the given draws, of which each has its probes."""
-    probes = draws.probes
-    assert probes is not None  # the rule makes them for a diagonal precision
+    assert draws.probes is not None  # the rule makes them for a diagonal precision
+    unit = standard_deviations(blocks, scales, torch.ones_like(loc))
+    directions = unit * draws.probes
 
     def in_differences(draw: Draws) -> Tensor:
         assert draw.probes is not None
-        unit = standard_deviations(blocks, scales, torch.ones_like(loc))
-        return by_differences(gradient_of(objective, scales, others, draw), loc, unit * draw.probes) / unit
+        return by_differences(gradient_of(objective, scales, others, draw), loc, unit * draw.probes)
 
     def at_draw(draw: Draws):
         assert draw.probes is not None
@@ -52,15 +53,16 @@ def hutchinson(
         if differences:
             products = in_differences(draw)
         elif gradient.requires_grad:  # not where ℓ is linear
-            for product, probe in zip(products, draw.probes, strict=True):
+            for product, probe in zip(products, unit * draw.probes, strict=True):
                 product += torch.autograd.grad(gradient, location, probe, retain_graph=True, materialize_grads=True)[0]
         return loss, gradient.detach(), products, extras
 
-    (losses, gradients, products), extras = at_every_draw(objective, _products, at_draw, loc, scales, draws, probes)
-    cost = 1 + 2 * probes.shape[1]
+    (losses, gradients, products), extras = at_every_draw(objective, _products, at_draw, loc, scales, draws, directions)
+    cost = 1 + 2 * directions.shape[1]
     if unknown(products, gradients):
         products, cost = torch.stack([in_differences(draw) for draw in each_draw(draws)]), 2 * cost - 1
-    return average_over_pairs(losses, gradients, (probes * products).sum(1), extras, cost)
+    diagonals = (draws.probes * products).sum(1) / unit
+    return average_over_pairs(losses, gradients, diagonals, extras, cost)
 
 
 def parted(signs: Tensor, blocks: tuple[Block, ...]) -> Tensor:
@@ -72,22 +74,22 @@ def parted(signs: Tensor, blocks: tuple[Block, ...]) -> Tensor:
 
 
 def _products(loss: Callable[..., Tensor], forward: bool) -> Callable[..., tuple[Tensor, ...]]:
-    """(L, g, H u of every probe) of one draw."""
+    """(L, g, H u along every direction) of one draw."""
 
-    def at_draw(loc: Tensor, scales: tuple[Tensor | None, ...], probes: Tensor):
+    def at_draw(loc: Tensor, scales: tuple[Tensor | None, ...], directions: Tensor):
         def derivatives(loc: Tensor) -> tuple[Tensor, Tensor]:
             return torch.func.grad_and_value(loss)(loc, scales)
 
         found: Any
         if forward:
-            shared: Any = (None, 0)  # the derivatives themselves are the same for every probe
-            push = torch.func.vmap(lambda probe: torch.func.jvp(derivatives, (loc,), (probe,)), out_dims=shared)
-            found = push(probes)
+            shared: Any = (None, 0)  # the derivatives themselves are the same for every direction
+            push = torch.func.vmap(lambda u: torch.func.jvp(derivatives, (loc,), (u,)), out_dims=shared)
+            found = push(directions)
             (gradient, value), (products, _) = found
         else:
             found = torch.func.vjp(derivatives, loc)
             (gradient, value), pull_back = found
-            (products,) = torch.func.vmap(lambda probe: pull_back((probe, torch.zeros_like(value))))(probes)
+            (products,) = torch.func.vmap(lambda u: pull_back((u, torch.zeros_like(value))))(directions)
         return value, gradient, products
 
     return at_draw
