@@ -46,6 +46,7 @@ _CHOICES = ("auto", True, False, "inductor")
 BETWEEN_CHECKS, SHARE_BETWEEN_CHECKS = 5, 20
 _TRACED_AFTER = 30  # steps: tracing takes the time of about as many
 MIN_EFFECTIVE, MIN_CURVATURE = 8.0, 0.25
+MIN_HIDDEN, MIN_CERTAINTY = 0.1, 5.0
 MIN_AVERAGED, MAX_AVERAGED_RATE, MAX_DRIFT, NEGLIGIBLE = 60, 0.1, 1.0, 1e-3  # a steady drift is √12 of its spread
 MIN_IN_QUARTER, CREEPING = 2, 0.5
 MAX_FOLLOWED = 1000  # parameters of other optimizers
@@ -167,7 +168,7 @@ def fit(
         seed=seed,
     )
     result = _at_fresh_draws(result, basis)
-    _warn(result, opt_state, max_steps)
+    _warn(result, opt_state, at_end, max_steps)
     return result
 
 
@@ -358,7 +359,7 @@ def _at_fresh_draws(result: Fit, basis: str) -> Fit:
     return replace(result, elbo=log_weights.mean(), elbo_error=log_weights.std(ddof=1) / FRESH_DRAWS**0.5)
 
 
-def _warn(result: Fit, opt_state: OptState, max_steps: int) -> None:
+def _warn(result: Fit, opt_state: OptState, at_end: _AtEnd | None, max_steps: int) -> None:
     """Of each thing that the user should know."""
     rejected = 0 if opt_state.gaussian is None else opt_state.gaussian.rate.rejected
     stood_still = rejected + opt_state.skipped
@@ -382,6 +383,13 @@ def _warn(result: Fit, opt_state: OptState, max_steps: int) -> None:
             f"the rate was cut at {stood_still} of {result.steps} steps: no step along the natural gradient made the "
             "loss smaller there. Start the guide elsewhere (`init_loc_fn`), give a small learning_rate, or look for "
             "terms of the model whose derivative is not that of their value."
+        )
+    hidden, error = _hidden_curvature(opt_state, at_end)
+    if hidden > MIN_HIDDEN and hidden > MIN_CERTAINTY * error:
+        warn(
+            "by the gradients at the draws there is more curvature than by the Hessians, on average "
+            f"{hidden:.2g} times the guide's precision: the log density has kinks (a ReLU, an absolute value), which "
+            "no Hessian knows, and the guide is too wide for them. Use optimizer=BLR(estimator='secant')."
         )
     if math.isinf(result.elbo):
         warn(f"the log density is not finite at one of {FRESH_DRAWS} draws of the guide or more, so its ELBO is −∞.")
@@ -409,8 +417,8 @@ def _show(bar: Any, num_steps: int, check: Check) -> None:
 
 
 class _AtEnd(NamedTuple):
-    """What the recycled draws say of the last state: the ELBO, n, what noise costs, Ĥ [D, D], ĝ [D], and its deviation
-    by pair [K, D].
+    """What the recycled draws say of the last state: the ELBO, n, what noise costs, Ĥ [D, D], ĝ [D], its deviation by
+    pair [K, D], and the weights of the draws [K, 2].
     """
 
     elbo: float
@@ -420,6 +428,7 @@ class _AtEnd(NamedTuple):
     hessian: Tensor
     gradient: Tensor
     deviations: Tensor
+    weights: Tensor
 
 
 def _at_end(opt_state: OptState) -> _AtEnd | None:
@@ -431,7 +440,14 @@ def _at_end(opt_state: OptState) -> _AtEnd | None:
     elbo, elbo_error = recycled.elbo(gaussian.recycling.pool, estimate.weights, blocks, gaussian.loc, scales)
     noise_cost = recycled.noise_cost(gaussian.recycling.pool, estimate, blocks, gaussian.precision)
     return _AtEnd(
-        elbo, elbo_error, estimate.effective, noise_cost, estimate.hessian, estimate.gradient, estimate.deviations
+        elbo,
+        elbo_error,
+        estimate.effective,
+        noise_cost,
+        estimate.hessian,
+        estimate.gradient,
+        estimate.deviations,
+        estimate.weights,
     )
 
 
@@ -550,6 +566,25 @@ def _rate_of(optimizer: BLR, opt_state: OptState, steps: int) -> float:
     states += [] if opt_state.gaussian is None else [opt_state.gaussian.rate]
     # of several, one may have taken no step yet; where all sites are local, their rate is 1
     return float(np.fmax.reduce([float(state.taken) for state in states])) if states else 1.0
+
+
+def _hidden_curvature(opt_state: OptState, at_end: _AtEnd | None) -> tuple[float, float]:
+    """(what Ĥ lacks of E_q[∇²ℓ], its standard error), in units of q's precision, on average over coordinates.
+
+    By Stein's identity, E_q[(z − m) · (∇ℓ(z) − ĝ − Ĥ (z − m))] = tr Σ (E_q[∇²ℓ] − Ĥ), at the draws that are kept.
+    """
+    if at_end is None:
+        return 0.0, math.inf
+    gaussian: Any = opt_state.gaussian
+    pool = gaussian.recycling.pool
+    points, gradients, weights, gradient, hessian = (
+        _numpy(value) for value in (pool.points, pool.gradients, at_end.weights, at_end.gradient, at_end.hessian)
+    )
+    away = points - _numpy(gaussian.loc)
+    gained = (away * (gradients - gradient - away @ hessian)).sum(-1)
+    total = (weights * gained).sum()
+    by_pair = (weights * (gained - total)).sum(1)
+    return float(total) / len(gradient), float((by_pair**2).sum()) ** 0.5 / len(gradient)
 
 
 def _site_residuals(opt_state: OptState, at_end: _AtEnd | None) -> dict[str, tuple[float, float]]:

@@ -147,6 +147,20 @@ def test_kinks_of_many_coordinates(backend):
     assert gap < 0.02 * 300
 
 
+def test_fit_tells_of_kinks_that_no_site_tells_of(backend):
+    """Stein's identity does: with half a Hessian the guide is far too wide, and `fit` says what to do about it."""
+    with pytest.warns(UserWarning) as caught:
+        backend.fit(written_out_model, "AutoNormal", data(), max_steps=40)
+    (text,) = (str(warning.message) for warning in caught if "kinks" in str(warning.message))
+    assert "which no Hessian knows" in text and "estimator='secant'" in text
+
+
+@pytest.mark.slow
+def test_fit_is_content_with_secants(backend, recwarn):
+    result = backend.fit(median_model, "AutoNormal", data())
+    assert result.converged and not [warning for warning in recwarn if "kinks" in str(warning.message)]
+
+
 def test_contributions_are_not_made_of_hessians_that_do_not_know_kinks(backend):
     fit = backend.start(lasso_model, cases.MEAN_FIELD.make, data(), learning_rate=0.1).run(2)
     with pytest.raises(ValueError, match="made of Hessians, which do not know the curvature"):
