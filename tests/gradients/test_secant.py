@@ -73,6 +73,58 @@ def test_the_diagonal_is_exact_on_a_diagonal_quadratic_for_any_probe(backend, ra
     assert int(result.evaluations) == 2 * (1 + 2)
 
 
+SHARE, POINT = 0.25, 0.003
+
+
+def definition(problem, parts, noise, beside, along, directions, known):
+    """Σ over the draws of (g(z₊) − g(z₋)) / (2 x) along every direction, [P, D], and R of z± = z + R u (±x − uᵀη)."""
+    factor = reference.factor_of(PRECISION, parts, cases.FIXED_SCALE)
+    learned = np.concatenate([np.full(part.size, part.structure in ("diagonal", "dense")) for part in parts])
+    reach = np.where(learned, np.sqrt(SHARE) * factor, POINT * np.eye(4))
+    narrowed = np.where(learned[:, None], np.sqrt(1 - SHARE), 1) * factor
+    total, num_draws = 0.0, 2 * len(noise)
+    for sign in (1, -1):
+        for eps, eta, lengths in zip(sign * noise, sign * beside, along, strict=True):
+            if known:  # z is the draw itself
+                eta = np.sqrt(SHARE) * eps + np.sqrt(1 - SHARE) * eta
+                start = factor @ eps - reach @ eta
+            else:
+                start = narrowed @ eps
+            for number, (u, x) in enumerate(zip(directions, lengths, strict=True)):
+                centre = LOC + start + reach @ np.where(learned, eta - u * (u @ eta), 0)
+                rise = problem.gradient(centre + x * reach @ u) - problem.gradient(centre - x * reach @ u)
+                total = total + np.outer(np.arange(len(directions)) == number, rise / (2 * x)) / num_draws
+    return total, reach
+
+
+@layouts
+@pytest.mark.parametrize("known", [False, True], ids=["noise of the host's", "noise of the rule's"])
+def test_it_is_the_average_that_it_says(backend, parts, known, random):
+    if known and any(part.structure in ("fixed", "point") for part in parts):
+        pytest.skip("where the rule makes the noise, every site has a scale of its own")
+    problem, given = cases.student(), randomness(random, 3)
+    result = estimate(backend, problem, parts, *map(backend.array, given), known=known)
+    products, reach = definition(problem, parts, *given, np.eye(4), known)
+    expected = np.linalg.solve(reach.T, products)
+    assert_allclose(backend.to_numpy(result.hessian), (expected + expected.T) / 2, rtol=1e-9, atol=1e-10)
+    factor = reference.factor_of(PRECISION, parts, cases.FIXED_SCALE)
+    plain = reference.second_order(problem, LOC, factor, parts, given[0])
+    assert_allclose(backend.to_numpy(result.gradient), plain.gradient, rtol=1e-10, atol=1e-11)
+    assert_allclose(backend.to_numpy(result.pair_gradients), plain.pair_gradients, rtol=1e-10, atol=1e-11)
+    assert_allclose(backend.to_numpy(result.losses), plain.losses, rtol=1e-11)
+
+
+def test_the_diagonal_is_the_average_that_it_says(backend, random):
+    problem, parts = cases.student(), cases.LAYOUTS["diagonal, several"]
+    given, signs = randomness(random, 1, num_directions=2), random.choice([-1.0, 1.0], size=4)
+    probes = np.array([[1, 1, 0, 0], [0, 0, 1, 1]]) * signs
+    pair = np.stack([probes, probes])
+    result = estimate(backend, problem, parts, *map(backend.array, (*given, pair)))
+    products, reach = definition(problem, parts, *given, probes / np.sqrt(2), known=False)
+    expected = (np.sqrt(2) * probes * products).sum(0) / np.diagonal(reach)
+    assert_allclose(backend.to_numpy(result.hessian), expected, rtol=1e-9)
+
+
 def check_unbiased(estimates, expected):
     error = estimates.std(axis=0, ddof=1) / len(estimates) ** 0.5
     assert (np.abs(estimates.mean(axis=0) - expected) <= 5 * error + 1e-12).all()
