@@ -97,11 +97,13 @@ def definition(problem, parts, noise, beside, along, directions, known):
     return total, reach
 
 
-@layouts
-@pytest.mark.parametrize("known", [False, True], ids=["noise of the host's", "noise of the rule's"])
+@pytest.mark.parametrize(
+    ("parts", "known"),
+    [pytest.param(parts, False, id=name) for name, parts in cases.LAYOUTS.items()]
+    # where the rule makes the noise, every site has a scale of its own
+    + [pytest.param(cases.LAYOUTS[name], True, id=f"{name}, noise of the rule's") for name in ("diagonal", "mixed")],
+)
 def test_it_is_the_average_that_it_says(backend, parts, known, random):
-    if known and any(part.structure in ("fixed", "point") for part in parts):
-        pytest.skip("where the rule makes the noise, every site has a scale of its own")
     problem, given = cases.student(), randomness(random, 3)
     result = estimate(backend, problem, parts, *map(backend.array, given), known=known)
     products, reach = definition(problem, parts, *given, np.eye(4), known)

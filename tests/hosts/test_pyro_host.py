@@ -28,6 +28,10 @@ from pyro.infer import (  # noqa: E402
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal  # noqa: E402
 
 from pyro_blr import BLR, site_contributions  # noqa: E402
+from pyro_blr.gradients import Draws  # noqa: E402
+from pyro_blr.optim import _svi  # noqa: E402
+from pyro_blr.optim._layout import gather  # noqa: E402
+from pyro_blr.optim._svi import Mapped  # noqa: E402
 
 from .pyro_models import (  # noqa: E402
     broken,
@@ -345,6 +349,47 @@ def of_rates(exp, prior=dist.Normal):
             pyro.sample("y", dist.Poisson(exp(log_rate)), obs=torch.tensor([3.0, 1.0]))
 
     return model
+
+
+def branching(log_rate):
+    """exp, by a path that no vmap can take."""
+    return torch.exp(log_rate) if float(log_rate.detach().sum()) < 100 else log_rate
+
+
+@pytest.mark.parametrize("exp", [torch.exp, branching, SilentExp.apply], ids=["vmap", "a branch", "no vmap of its own"])
+def test_all_chords_of_a_draw_at_once_are_the_chords_one_by_one(exp, monkeypatch):
+    ends, found = [], []
+    at_points = Mapped.at_points
+
+    def counted(self, *args):
+        found.append(at_points(self, *args))
+        return found[-1]
+
+    for replacement in (counted, lambda self, *args: None):
+        monkeypatch.setattr(Mapped, "at_points", replacement)
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model = of_rates(exp, dist.Laplace)
+        run(make_svi(model, AutoMultivariateNormal(model)), 4)
+        ends.append(stored())
+    assert all((result is not None) == (exp is torch.exp) for result in found) and found
+    for name, expected in ends[1].items():
+        assert_allclose(ends[0][name], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_chords_at_once_are_checked_against_the_host():
+    """A loss without the host's looks at values that is another one is not used."""
+    model = of_rates(torch.exp, dist.Laplace)
+    svi = make_svi(model, AutoNormal(model))
+    svi.step()
+    layout = svi.optim.state.layout
+    host = _svi.objective_of(svi, (), {}, layout, seed=0)
+    right = _svi.traceable_objective_of(svi, (), {}, layout, seed=0)
+    (loc, scales), draw = gather(layout), Draws(0, 1.0, None)
+    points = torch.stack([loc, loc + 0.1])
+    assert Mapped(host, right).at_points(points, scales, draw) is not None
+    wrong = Mapped(host, lambda *given: (right(*given)[0] + 1.0, None))
+    assert wrong.at_points(points, scales, draw) is None
 
 
 def test_a_second_derivative_that_leaves_out_a_part_is_found_out():
