@@ -239,6 +239,7 @@ class Kinks(Messenger):
 
 
 def has_kinks(fn: Any) -> bool:
+    """Whether a distribution, or one that it is made of, has the density of an absolute value."""
     parts = [
         part
         for value in getattr(fn, "__dict__", {}).values()

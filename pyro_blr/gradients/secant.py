@@ -53,6 +53,7 @@ class Chords(NamedTuple):
 
 
 def chords(generator: torch.Generator, num_pairs: int, num_directions: int, like: Tensor) -> Chords:
+    """η ~ N(0, I), and x ~ χ₃ as the length of three normals."""
     options: Any = {"generator": generator, "dtype": like.dtype, "device": like.device}
     beside = torch.randn(num_pairs, *like.shape, **options)
     return Chords(beside, torch.linalg.vector_norm(torch.randn(num_pairs, num_directions, 3, **options), dim=-1))
