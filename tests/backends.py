@@ -481,7 +481,7 @@ class NumPyroFit:
 
     @property
     def ivon_state(self) -> Any:
-        """What `IVON` carries, ready before the first step."""
+        """What the optimizer carries, ready before the first step."""
         return self.state.optim_state[1]
 
     def ivon_arrays(self, field: str) -> dict[str, np.ndarray]:

@@ -147,6 +147,39 @@ def test_kinks_of_many_coordinates(backend):
     assert gap < 0.02 * 300
 
 
+def mixture_model(host):
+    """A Laplace distribution within a mixture."""
+
+    def model(x, y):
+        weights = host.sample("weights", host.dist.Normal(host.xp.zeros(3), 1.0).to_event(1))
+        which, loc = host.dist.Categorical(host.array([0.5, 0.5])), (x * weights).sum(-1)[:, None]
+        with host.plate("data", len(y)):
+            components = host.dist.Laplace(loc, host.array([0.5, 2.0]))
+            host.sample("y", host.dist.MixtureSameFamily(which, components), obs=y)
+
+    return model
+
+
+def logistic_model(host):
+    """Its density is smooth, and computed by an absolute value."""
+
+    def model(x, y):
+        weights = host.sample("weights", host.dist.Normal(host.xp.zeros(3), 1.0).to_event(1))
+        with host.plate("data", len(y)):
+            host.sample("y", host.dist.Bernoulli(logits=(x * weights).sum(-1)), obs=y)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "estimator"), [(mixture_model, "secant"), (lasso_model, "secant"), (logistic_model, "hessian")]
+)
+def test_sites_tell_of_kinks(backend, make, estimator):
+    x, y = data()
+    fit = backend.start(make, cases.MEAN_FIELD.make, (x, 1.0 * (y > 0))).run(1)
+    assert fit.ivon_state.estimator == estimator
+
+
 def test_fit_tells_of_kinks_that_no_site_tells_of(backend):
     """Stein's identity does: with half a Hessian the guide is far too wide, and `fit` says what to do about it."""
     with pytest.warns(UserWarning) as caught:
