@@ -27,6 +27,7 @@ from numpyro.infer.autoguide import AutoBNAFNormal, AutoMultivariateNormal, Auto
 from numpyro.infer.initialization import init_to_value  # noqa: E402
 
 from numpyro_blr import BLR, AutoExponentialFamily  # noqa: E402
+from numpyro_blr.optim import _recognition  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("numpyro_bridge")
 COUNTS = jnp.array([3.0, 0.0, 1.0, 2.0])
@@ -253,9 +254,10 @@ def test_forward_mode_is_reverse_mode_for_every_estimator(numpyro_bridge, random
     loc, scales = jnp.asarray(random.normal(size=4)), numpyro_bridge.scales(cases.positive_definite(51), parts)
     objective = numpyro_bridge.objective(problem, parts, jnp.asarray(random.normal(size=(2, 4))))
     gradients, probes = numpyro_bridge.gradients, jnp.asarray(random.choice([-1.0, 1.0], size=(4, 1, 4)))
-    draws = numpyro_bridge.draws(2, probes)
+    chords = gradients.chords(jax.random.key(0), 2, 1, like=loc).mirrored()
+    draws = numpyro_bridge.draws(2, probes)._replace(chords=chords)
     blocks = numpyro_bridge.blocks(parts)
-    for estimator in (gradients.hessian, gradients.hutchinson):
+    for estimator in (gradients.hessian, gradients.hutchinson, gradients.secant):
         ends = [estimator(objective, loc, scales, None, draws, blocks, forward=forward) for forward in (False, True)]
         check_same(*ends, rtol=1e-11, atol=1e-12)
     ends = [
@@ -263,6 +265,19 @@ def test_forward_mode_is_reverse_mode_for_every_estimator(numpyro_bridge, random
         for forward in (False, True)
     ]
     check_same(*ends, rtol=1e-11, atol=1e-12)
+
+
+def test_recognition_makes_the_values_of_the_parameters_once_for_all_sites():
+    """A copy for each site is all that there is room for, where the sites are the layers of a network."""
+
+    def layers():
+        for layer in range(3):
+            numpyro.sample(f"weights_{layer}", dist.Normal(jnp.zeros(4), 1.0).to_event(1))
+
+    svi = SVI(layers, AutoNormal(layers), BLR(), Trace_ELBO())
+    state = svi.init(jax.random.key(0))
+    _, fed, *_ = _recognition._probe(svi, (), {}, svi.optim.get_params(state.optim_state), any_family=False)
+    assert len(fed) == 3 and len({id(array) for values, _ in fed.values() for array in values.values()}) == 6
 
 
 def test_a_model_with_a_loop_that_has_no_reverse_mode():
