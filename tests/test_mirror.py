@@ -106,6 +106,7 @@ DIFFERENCES = {
         # the optimizer's interface, which is the host's, and the state that the host carries or lets it carry
         "BLR.init", "BLR.eval_and_update", "BLR.eval_and_stable_update", "BLR.get_params", "BLR.get_state",
         "BLR.set_state", "KEPT", "OptState", "OptState.step_seed", "described", "recycling_state", "resumed_recycling",
+        "low_rank_state", "resumed_precision",
         "BLR.advance", "BLR.traced_reason",  # a step on the traced loss, without the host's own evaluation
     },
 }  # fmt: skip

@@ -19,6 +19,8 @@ from .inverse_gamma import InverseGammaNatural as InverseGammaNatural
 from .inverse_gaussian import InverseGaussian as InverseGaussian
 from .inverse_gaussian import InverseGaussianNatural as InverseGaussianNatural
 from .inverse_wishart import InverseWishartNatural as InverseWishartNatural
+from .low_rank import LowRankPrecision as LowRankPrecision
+from .low_rank import factored as factored
 from .multivariate_normal import DensePrecision as DensePrecision
 from .multivariate_normal import MultivariateNormalNatural as MultivariateNormalNatural
 from .normal import DiagonalPrecision as DiagonalPrecision
@@ -49,6 +51,7 @@ __all__ = [
     "InverseGaussian",
     "InverseGaussianNatural",
     "InverseWishartNatural",
+    "LowRankPrecision",
     "MultivariateNormalNatural",
     "Natural",
     "NormalGamma",
@@ -63,6 +66,7 @@ __all__ = [
     "VonMisesFisherNatural",
     "VonMisesNatural",
     "WishartNatural",
+    "factored",
     "family",
     "family_of",
     "natural_of",

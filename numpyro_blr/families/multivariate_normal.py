@@ -9,7 +9,7 @@ the units, are taken only where the straight step is not positive definite, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import jax
@@ -46,7 +46,7 @@ class DensePrecision:
                 parts.append(jnp.diag(jnp.ravel(scale) ** -2))
         return cls(jax.scipy.linalg.block_diag(*parts))
 
-    def blend(self, hessian: Array, rate: Array) -> DensePrecision:
+    def blend(self, hessian: Array, rate: Array) -> Self:
         """S ← (1 − ρ) S + ρ H wherever that keeps more than (1 − ρ) S / 2, as it does for every H ≥ 0.
 
         Elsewhere, with S = L Lᵀ and L⁻¹ H L⁻ᵀ = Q diag(w) Qᵀ: S ← L Q diag((1 − ρ) + ρ |w|) Qᵀ Lᵀ, in which a
@@ -55,7 +55,11 @@ class DensePrecision:
         straight = (1 - rate) * self.matrix + rate * hessian
         margin = straight - (1 - rate) / 2 * self.matrix
         positive = jnp.isfinite(jnp.linalg.cholesky(margin)).all()
-        return DensePrecision(jax.lax.cond(positive, lambda: straight, lambda: _reflected(self.matrix, hessian, rate)))
+        return self.at(jax.lax.cond(positive, lambda: straight, lambda: _reflected(self.matrix, hessian, rate)))
+
+    def at(self, matrix: Array) -> Self:
+        """The precision of the same guide with another S."""
+        return replace(self, matrix=matrix)
 
     def solve(self, vector: Array) -> Array:
         return cho_solve((jnp.linalg.cholesky(self.matrix), True), vector.T).T

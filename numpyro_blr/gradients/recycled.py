@@ -31,7 +31,7 @@ import numpy as np
 from jax import Array, lax
 from jax.scipy.linalg import cho_solve
 
-from ..families import Block, Precision
+from ..families import Block, Precision, factored
 from ._paged import paged
 
 __all__ = [
@@ -321,7 +321,7 @@ def _whitener(blocks: tuple[Block, ...], scales: tuple[Any, ...]) -> Array:
     if _mean_field(scales, sum(block.size for block in blocks)):
         return 1 / jnp.concatenate([scale.reshape(-1) for scale in scales])
     parts = []
-    for block, scale in zip(blocks, scales, strict=True):
+    for block, scale in zip(*factored(blocks, scales), strict=True):
         if block.structure == "dense":
             identity = jnp.eye(scale.shape[-1], dtype=scale.dtype)
             factors = scale.reshape(-1, *scale.shape[-2:])
@@ -332,10 +332,10 @@ def _whitener(blocks: tuple[Block, ...], scales: tuple[Any, ...]) -> Array:
 
 
 def _groups(blocks: tuple[Block, ...]) -> np.ndarray:
-    """A number for each coordinate, the same for those of one event of a full-rank block."""
+    """A number for each coordinate, the same for those of one event of a block that is not mean field."""
     parts = []
     for block in blocks:
-        event = block.shape[-1] if block.structure == "dense" else 1
+        event = block.shape[-1] if block.structure in ("dense", "low rank") else 1
         parts.append(block.start + np.arange(block.size) // event)
     return np.concatenate(parts)
 
@@ -345,7 +345,7 @@ def scaled(blocks: tuple[Block, ...], scales: tuple[Any, ...], noise: Array) -> 
     if _mean_field(scales, noise.shape[-1]):
         return noise * jnp.concatenate([scale.reshape(-1) for scale in scales])
     parts = []
-    for block, scale in zip(blocks, scales, strict=True):
+    for block, scale in zip(*factored(blocks, scales), strict=True):
         part = noise[..., block.start : block.stop]
         if block.structure == "dense":
             rows = part.reshape(*part.shape[:-1], -1, scale.shape[-1])

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..families import Block, Precision
+from ..families import Block, Precision, factored
 from ..gradients import Draws, Estimate, Objective
 from ..gradients.recycled import scaled
 from . import _rate
@@ -160,9 +160,7 @@ def skipped(state: State) -> State:
 
 def scales_of(precision: Precision, blocks: tuple[Block, ...], radius: Array) -> tuple[Array | None, ...]:
     """C_b of every block that has one of its own."""
-    return tuple(
-        radius * precision.scale(block) if block.structure in ("diagonal", "dense") else None for block in blocks
-    )
+    return tuple(radius * precision.scale(block) if block.learned else None for block in blocks)
 
 
 def completed(estimate: Estimate, precision: Precision) -> Estimate:
@@ -199,7 +197,7 @@ def tempered(objective: Objective, blocks: tuple[Block, ...], temperature: float
             raise ValueError("temperature != 1 needs a guide without subsampled or scaled latent sites.")
         log_determinant = sum(
             jnp.log(jnp.diagonal(scale, axis1=-2, axis2=-1) if block.structure == "dense" else scale).sum()
-            for block, scale in zip(blocks, scales, strict=True)
+            for block, scale in zip(*factored(blocks, scales), strict=True)
             if scale is not None
         )
         return loss / temperature + (1 / temperature - 1) * log_determinant, extras

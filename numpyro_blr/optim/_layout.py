@@ -46,6 +46,7 @@ class Site:
     Attributes:
         name: of the sample site, or of the parameter where it belongs to none and is a point of its own.
         loc, scale: names of its parameters; `scale` is None where the covariance is not a parameter of its own.
+        factor: name of W, where the covariance is diag(s) (I + W Wᵀ) diag(s) with the scale s.
         block: its coordinates.
         constraint: of the scale parameter; SVI keeps parameters unconstrained. Where the guide makes the scale of an
             unconstrained parameter, the constraint whose transform is what it does.
@@ -58,6 +59,12 @@ class Site:
     block: Block = field(metadata={"static": True})
     constraint: Any
     family: type[Natural] | None = field(metadata={"static": True}, default=None)
+    factor: str | None = field(metadata={"static": True}, default=None)
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The names of its parameters."""
+        return tuple(name for name in (self.loc, self.scale, self.factor) if name is not None)
 
     @property
     def bare(self) -> bool:
@@ -153,7 +160,10 @@ def gather(layout: Layout, params: Mapping[str, Any]) -> tuple[Array, tuple[Arra
             scales.append(distribution.scale if site.block.structure == "diagonal" else distribution.scale_tril)
             continue
         locs.append(params[site.loc])
-        scales.append(None if site.scale is None else biject_to(site.constraint)(params[site.scale]))
+        scale: Any = None if site.scale is None else biject_to(site.constraint)(params[site.scale])
+        if site.factor is not None:
+            scale = scale[:, None] * jnp.pad(params[site.factor], ((0, 0), (1, 0)), constant_values=1)
+        scales.append(scale)
     return jnp.concatenate([jnp.ravel(loc) for loc in locs] or [jnp.zeros(0)]), tuple(scales)
 
 
@@ -170,6 +180,10 @@ def scatter(layout: Layout, loc: Array, scales: tuple[Array | None, ...], params
             )
             continue
         result[site.loc] = value.astype(params[site.loc].dtype)
+        if site.factor is not None:
+            assert scale is not None  # with the factor
+            scale, factor = scale[:, 0], scale[:, 1:] / scale[:, :1]
+            result[site.factor] = factor.astype(params[site.factor].dtype)
         if site.scale is not None:
             result[site.scale] = biject_to(site.constraint).inv(scale).astype(params[site.scale].dtype)
     return result

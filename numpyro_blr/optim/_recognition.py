@@ -75,17 +75,17 @@ def recognise(
         if member is not None and name not in joint | {site for site, _ in found}:
             members.append(member)
 
-    uses = Counter(param for _, match in found for param in (match.loc, match.scale) if param is not None)
+    uses = Counter(param for _, match in found for param in match.params)
     uses.update(param for member in members for param in member.params)
     sites, start = [], 0
     for name, match in found:
-        if uses[match.loc] > 1 or (match.scale is not None and uses[match.scale] > 1):
+        if any(uses[param] > 1 for param in match.params):
             continue  # one parameter for several sites is no Gaussian of its own
         block = Block(start=start, shape=params[match.loc].shape, structure=match.structure)
-        sites.append(Site(name=name, loc=match.loc, scale=match.scale, block=block, constraint=match.constraint))
+        sites.append(Site(name, match.loc, match.scale, block, match.constraint, factor=match.factor))
         start = block.stop
     members = [member for member in members if all(uses[param] == 1 for param in member.params)]
-    claimed = {param for site in sites for param in (site.loc, site.scale)}
+    claimed = {param for site in sites for param in site.params}
     claimed |= {param for member in members for param in member.params}
     others = tuple(name for name in params if name not in claimed and not _is_empty(params[name]))
     layout = Layout(tuple(sites), tuple(members), others)
@@ -223,6 +223,11 @@ class _Match(NamedTuple):
     scale: str | None
     structure: Structure
     constraint: Any = None
+    factor: str | None = None
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.loc, self.scale, self.factor) if name is not None)
 
 
 def _without_repeated_points(found: list[tuple[str, _Match]]) -> list[tuple[str, _Match]]:
@@ -340,10 +345,7 @@ def _match(
     if loc is None or not _unconstrained(guide_trace[loc]):
         return None
     if isinstance(base, dist.LowRankMultivariateNormal):
-        raise ValueError(
-            f"There is no natural gradient for the low-rank covariance of site '{name}' yet. "
-            "Use AutoMultivariateNormal (full rank) or AutoNormal (mean field, preconditioned by a dense precision)."
-        )
+        return _match_low_rank(name, loc, arrays, fed, guide_trace)
     if isinstance(base, dist.MultivariateNormal):
         scale = _source(arrays["scale_tril"], fed)
         return (
@@ -357,6 +359,23 @@ def _match(
     if scale is None or guide_trace[scale]["value"].shape != guide_trace[loc]["value"].shape:
         return _Match(loc, None, "fixed")
     return _Match(loc, scale, "diagonal", constraint)
+
+
+def _match_low_rank(
+    name: str, loc: str, arrays: dict[str, Array], fed: list[dict[str, Any]], guide_trace: dict
+) -> _Match:
+    """Of the covariance diag(s) (I + W Wᵀ) diag(s) whose s and W are parameters."""
+    scale = _source(arrays["cov_diag"], fed, jnp.square)
+    if scale is not None and arrays["loc"].ndim == 1:
+        made = next(values[scale] for values in fed if scale in values)
+        factor = _source(arrays["cov_factor"], fed, lambda value: made[:, None] * value)
+        if factor is not None and _unconstrained(guide_trace[factor]):
+            return _Match(loc, scale, "low rank", _constraint(guide_trace[scale]), factor)
+    raise ValueError(
+        f"The low-rank covariance of site '{name}' is not recognised: expected a vector with cov_diag = s² and "
+        "cov_factor = s[:, None] * W of two parameters s and W, as AutoLowRankMultivariateNormal has them. Use "
+        "that guide, or a MultivariateNormal (full rank)."
+    )
 
 
 def _scale_source(array: Array, fed: list[dict[str, Any]], guide_trace: dict) -> tuple[str | None, Any]:
@@ -381,7 +400,7 @@ _IDENTITIES = (type(biject_to(constraints.real)), type(biject_to(constraints.rea
 _ARRAYS = {
     dist.Normal: ("loc", "scale"),
     dist.MultivariateNormal: ("loc", "scale_tril"),
-    dist.LowRankMultivariateNormal: ("loc",),
+    dist.LowRankMultivariateNormal: ("loc", "cov_factor", "cov_diag"),
     dist.Delta: ("v",),
 }
 

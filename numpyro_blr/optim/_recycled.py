@@ -124,11 +124,11 @@ class _Place(NamedTuple):
         gradient, hessian = self.gradient, self.hessian
         slope = gradient / self.loss
         curvature = hessian / self.loss - jnp.outer(slope, slope)
-        trust = DensePrecision(TRUST * jnp.eye(len(gradient), dtype=gradient.dtype))
-        before = select(downhill, trust, self.precision)
-        precision = before.blend(jnp.where(downhill, curvature, hessian), jnp.where(downhill, 0.5, rate))
-        direction = precision.solve(jnp.where(downhill, slope / 2, gradient))  # downhill of P/2, and half the slope
-        return self.loc - rate * direction, select(far, trust, precision)
+        trust = TRUST * jnp.eye(len(gradient), dtype=gradient.dtype)
+        before = DensePrecision(jnp.where(downhill, trust, self.precision.matrix))
+        after = before.blend(jnp.where(downhill, curvature, hessian), jnp.where(downhill, 0.5, rate))
+        direction = after.solve(jnp.where(downhill, slope / 2, gradient))  # downhill of P/2, and half the slope
+        return self.loc - rate * direction, self.precision.at(jnp.where(far, trust, after.matrix))
 
     def share(self, there: _Place) -> Array:
         """Of the step in S from here, how far Ĥ = S was by the secant, in the Fisher metric; 1 where not yet behind."""

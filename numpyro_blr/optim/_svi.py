@@ -211,7 +211,7 @@ class Survey(NamedTuple):
 
 def survey(svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]) -> Survey:
     one_density = type(svi.loss) in (Trace_ELBO, TraceEnum_ELBO) and svi.loss.num_particles == 1
-    drawn = all(block.structure in ("diagonal", "dense") for block in layout.blocks)
+    drawn = all(block.learned for block in layout.blocks)
     alone = not (layout.members or layout.others)
     kinks, varying = Kinks(), []
 
@@ -405,6 +405,6 @@ def _entropy_weight(shape: tuple[int, ...], message: dict, plates: dict[str, dic
 
 
 def _affine(base: Any, noise: Array) -> Array:
-    if isinstance(base, dist.MultivariateNormal):
+    if isinstance(base, (dist.MultivariateNormal, dist.LowRankMultivariateNormal)):
         return jnp.squeeze(base.scale_tril @ noise[..., None], -1)
     return base.scale * noise

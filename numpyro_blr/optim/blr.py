@@ -23,6 +23,7 @@ from numpyro.infer import SVI
 from ..families import (
     DensePrecision,
     DiagonalPrecision,
+    LowRankPrecision,
     MultivariateNormalNatural,
     NormalNatural,
 )
@@ -83,22 +84,22 @@ class BLR(numpyro.optim._NumPyroOptim):
     """The Bayesian learning rule as an optimizer for the stock `SVI`: swap the optimizer, change nothing else.
 
     Recognises the Gaussian sites of the guide (`AutoNormal`, `AutoDiagonalNormal`, `AutoMultivariateNormal`,
-    `AutoGuideList` of these, `AutoDelta`, hand-written `Normal` and `MultivariateNormal` sites fed by parameters) and
-    moves them by λ ← (1 − ρ) λ − ρ ∇_μ E_q[ℓ]. On a linear-Gaussian model one step is the exact posterior. Sites of
-    other exponential families (`AutoExponentialFamily`, `natural_param`, a `Gamma` fed by parameters) move by the same
-    rule, one after the other.
+    `AutoLowRankMultivariateNormal`, `AutoGuideList` of these, `AutoDelta`, hand-written `Normal` and
+    `MultivariateNormal` sites fed by parameters) and moves them by λ ← (1 − ρ) λ − ρ ∇_μ E_q[ℓ]. On a linear-Gaussian
+    model one step is the exact posterior. Sites of other exponential families (`AutoExponentialFamily`,
+    `natural_param`, a `Gamma` fed by parameters) move by the same rule, one after the other.
 
     Args:
         learning_rate: ρ in (0, 1], or a schedule, a function of the step 0, 1, 2, ... None (the default) chooses ρ at
             every step from the draws: as long as the loss at common draws supports, shorter once the natural gradient
             is inside its own Monte Carlo error.
         estimator: of E_q[∇²ℓ]. `"hessian"`: dense Hessians, the choice of `"auto"` up to 256 coordinates and for
-            full-rank guides; D + 1 gradients a draw (2 D + 1 where the model has no second derivative), won back in
-            steps. `"hutchinson"`: the diagonal from Hessian-vector products, 2 gradients a site (of at most 4) and 1, a
-            draw; the choice of `"auto"` beyond. `"secant"`: either, from differences of gradients at a distance, of a
-            log density with kinks too; 2 D + 1 gradients a draw, or as Hutchinson's; the choice of `"auto"` where a
-            site is a Laplace distribution or made of one. `"gradient"`: the stock gradient alone, at the host's own
-            draws; noisy, so it needs a `learning_rate`.
+            guides of full and low rank; D + 1 gradients a draw (2 D + 1 where the model has no second derivative), won
+            back in steps. `"hutchinson"`: the diagonal from Hessian-vector products, 2 gradients a site (of at most 4)
+            and 1, a draw; the choice of `"auto"` beyond. `"secant"`: either, from differences of gradients at a
+            distance, of a log density with kinks too; 2 D + 1 gradients a draw, or as Hutchinson's; the choice of
+            `"auto"` where a site is a Laplace distribution or made of one. `"gradient"`: the stock gradient alone, at
+            the host's own draws; noisy, so it needs a `learning_rate`.
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
             most: a step begins with one pair. Not used by `estimator="gradient"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q). 1 is Bayes.
@@ -164,19 +165,26 @@ class BLR(numpyro.optim._NumPyroOptim):
         self, svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]
     ) -> tuple[State, str]:
         """The state for the sites, and the estimator of their curvature."""
-        full_rank = any(block.structure == "dense" for block in layout.blocks)
-        if full_rank and self.estimator == "hutchinson":
+        structures = {block.structure for block in layout.blocks}
+        low_rank, full = "low rank" in structures, not structures.isdisjoint({"dense", "low rank"})
+        if full and self.estimator == "hutchinson":
             raise ValueError(
-                "estimator='hutchinson' gives the diagonal of the Hessian, and the guide has a full-rank site. "
-                "Use estimator='hessian', or a mean-field guide."
+                "estimator='hutchinson' gives the diagonal of the Hessian, and the guide has a full-rank or a low-rank "
+                "site. Use estimator='hessian', or a mean-field guide."
+            )
+        if low_rank and self.estimator == "gradient":
+            raise ValueError(
+                "estimator='gradient' is for sites that are mean field or full rank, and the guide has a low-rank "
+                "site. Use estimator='hessian'."
             )
         dimension = sum(block.size for block in layout.blocks)
         small = dimension <= MAX_DENSE_DIMENSION and self.estimator in ("auto", "secant")
-        family = DensePrecision if full_rank or small or self.estimator == "hessian" else DiagonalPrecision
+        dense = full or small or self.estimator == "hessian"
+        family = LowRankPrecision if low_rank else DensePrecision if dense else DiagonalPrecision
         survey, estimator = _svi.survey(svi, args, kwargs, layout, params), self.estimator
-        recycles = family is DensePrecision and self.learning_rate is None and survey.fixed
+        recycles = dense and self.learning_rate is None and survey.fixed
         if estimator == "auto":
-            estimator = "secant" if survey.kinked else "hessian" if family is DensePrecision else "hutchinson"
+            estimator = "secant" if survey.kinked else "hessian" if dense else "hutchinson"
 
         @jax.jit  # one compilation and not one an operation
         def start(params: dict[str, Any]) -> State:

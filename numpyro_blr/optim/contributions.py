@@ -33,6 +33,10 @@ SECANTS = (
     "contributions are made of Hessians, which do not know the curvature of a log density with kinks, here taken from "
     "secants. Fit without the datum or the factor, and subtract."
 )
+LOW_RANK = (
+    "contributions are natural parameters, and the low-rank site has none: its Gaussians are no exponential family. "
+    "Use AutoMultivariateNormal (full rank) or AutoNormal (mean field)."
+)
 
 
 def site_contributions(
@@ -65,6 +69,8 @@ def site_contributions(
         raise ValueError(f"num_draws must be even and at least 2, got {num_draws}: draws come in antithetic pairs.")
     if opt_state.estimator == "secant":
         raise ValueError(SECANTS)
+    if any(block.structure == "low rank" for block in opt_state.layout.blocks):
+        raise ValueError(LOW_RANK)
     names, sizes = _factors(svi, args, kwargs)
     if plate is None:
         weights = {name: jnp.ones(()) for name in names}

@@ -20,6 +20,8 @@ from .inverse_gaussian import InverseGaussian as InverseGaussian
 from .inverse_gaussian import InverseGaussianNatural as InverseGaussianNatural
 from .inverse_wishart import InverseWishart as InverseWishart
 from .inverse_wishart import InverseWishartNatural as InverseWishartNatural
+from .low_rank import LowRankPrecision as LowRankPrecision
+from .low_rank import factored as factored
 from .multivariate_normal import DensePrecision as DensePrecision
 from .multivariate_normal import MultivariateNormalNatural as MultivariateNormalNatural
 from .normal import DiagonalPrecision as DiagonalPrecision
@@ -51,6 +53,7 @@ __all__ = [
     "InverseGaussianNatural",
     "InverseWishart",
     "InverseWishartNatural",
+    "LowRankPrecision",
     "MultivariateNormalNatural",
     "Natural",
     "NormalGamma",
@@ -65,6 +68,7 @@ __all__ = [
     "VonMisesFisherNatural",
     "VonMisesNatural",
     "WishartNatural",
+    "factored",
     "family",
     "family_of",
     "natural_of",

@@ -13,9 +13,10 @@ The straight step stays in the domain for every positive semidefinite H and ρ i
 (1 − ρ) S. Estimates of H are not always semidefinite; a step that would keep less than half of that is corrected.
 
 One precision over all coordinates serves every guide. A mean-field guide reads its diagonal, a full-rank guide all
-of it, a guide of several blocks the blocks: E_q[H] restricted to a block is that block's fixed point. Off-diagonal
-entries that a guide does not read still precondition its mean, which moves no fixed point (E[g] = 0) and spares the
-mean-field guide the ten thousand steps that a diagonal natural gradient takes on a collinear regression.
+of it, a guide of several blocks the blocks: E_q[H] restricted to a block is that block's fixed point. A guide of low
+rank has the covariance that is closest to a block's inverse (`low_rank.py`). Off-diagonal entries that a guide does not
+read still precondition its mean, which moves no fixed point (E[g] = 0) and spares the mean-field guide the ten thousand
+steps that a diagonal natural gradient takes on a collinear regression.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 
 __all__ = ["Block", "Precision", "Structure"]
 
-Structure = Literal["diagonal", "dense", "fixed", "point"]
+Structure = Literal["diagonal", "dense", "low rank", "fixed", "point"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class Block:
     Attributes:
         start: first coordinate.
         shape: shape of the site's location; for `"dense"` the last axis is the event, all others are a batch.
-        structure: `"diagonal"` reads a `scale`, `"dense"` a `scale_tril`; `"fixed"` has a covariance that is not
-            learned here, and `"point"` has none (a `Delta`, the delta method of Khan & Rue 2023, section 1.3).
+        structure: `"diagonal"` reads a `scale`, `"dense"` a `scale_tril`, `"low rank"` (a | F) of diag(a²) + F Fᵀ;
+            `"fixed"` has a covariance that is not learned here, and `"point"` has none (a `Delta`, the delta method of
+            Khan & Rue 2023, section 1.3).
     """
 
     start: int
@@ -55,6 +57,11 @@ class Block:
     @property
     def stop(self) -> int:
         return self.start + self.size
+
+    @property
+    def learned(self) -> bool:
+        """Whether it has a covariance of its own that is learned."""
+        return self.structure in ("diagonal", "dense", "low rank")
 
 
 class Precision(Protocol):
@@ -79,7 +86,7 @@ class Precision(Protocol):
         ...
 
     def scale(self, block: Block) -> Tensor:
-        """The block's own factor C_b with C_b C_bᵀ = (S_bb)⁻¹: a `scale` or a lower-triangular `scale_tril`."""
+        """The block's own factor C_b with C_b C_bᵀ = (S_bb)⁻¹, as its structure keeps it."""
         ...
 
     def complete(self, hessian: Tensor, weight: Tensor) -> Tensor:

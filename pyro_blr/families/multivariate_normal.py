@@ -9,7 +9,7 @@ the units, are taken only where the straight step is not positive definite, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import log, pi
 from typing import Self
@@ -45,7 +45,7 @@ class DensePrecision:
                 parts.append(torch.diag(scale.reshape(-1) ** -2))
         return cls(torch.block_diag(*parts))
 
-    def blend(self, hessian: Tensor, rate: float) -> DensePrecision:
+    def blend(self, hessian: Tensor, rate: float) -> Self:
         """S ← (1 − ρ) S + ρ H wherever that keeps more than (1 − ρ) S / 2, as it does for every H ≥ 0.
 
         Elsewhere, with S = L Lᵀ and L⁻¹ H L⁻ᵀ = Q diag(w) Qᵀ: S ← L Q diag((1 − ρ) + ρ |w|) Qᵀ Lᵀ, in which a
@@ -53,7 +53,11 @@ class DensePrecision:
         """
         straight = (1 - rate) * self.matrix + rate * hessian
         _, failed = torch.linalg.cholesky_ex(straight - (1 - rate) / 2 * self.matrix)
-        return DensePrecision(_reflected(self.matrix, hessian, rate) if failed else straight)
+        return self.at(_reflected(self.matrix, hessian, rate) if failed else straight)
+
+    def at(self, matrix: Tensor) -> Self:
+        """The precision of the same guide with another S."""
+        return replace(self, matrix=matrix)
 
     def solve(self, vector: Tensor) -> Tensor:
         columns = vector.reshape(-1, len(self.matrix)).T

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from ..families import Block, Precision
+from ..families import Block, Precision, factored
 
 __all__ = [
     "Moments",
@@ -131,6 +131,7 @@ def append(
     hessians: Tensor,
 ) -> Pool:
     """The pool with the pairs loc + C ε more, at ε = `noise` [K, 2, D]; a full pool forgets every fourth pair."""
+    blocks, scales = factored(blocks, scales)
     pool = _thinned(pool, blocks) if pool.count == pool.capacity else pool
     found = (noise, values, gradients, hessians)
     if (room := pool.capacity - pool.count) < len(noise):
@@ -255,6 +256,7 @@ def standardized(
         return solve_triangular(factors, columns, upper=False)
 
     batched = loc.ndim > 1
+    blocks, scales = factored(blocks, scales)
     noise = _by_block(blocks, scales, points - loc, solve, lambda part, scale: part / scale, batched)
     log_determinant = sum(
         (scale.diagonal(dim1=-2, dim2=-1) if block.structure == "dense" else scale)
@@ -267,17 +269,17 @@ def standardized(
 
 
 def _groups(blocks: tuple[Block, ...]) -> Tensor:
-    """A number for each coordinate, the same for those of one event of a full-rank block."""
+    """A number for each coordinate, the same for those of one event of a block that is not mean field."""
     parts = []
     for block in blocks:
-        event = block.shape[-1] if block.structure == "dense" else 1
+        event = block.shape[-1] if block.structure in ("dense", "low rank") else 1
         parts.append(block.start + torch.arange(block.size) // event)
     return torch.cat(parts)
 
 
 def scaled(blocks: tuple[Block, ...], scales: tuple[Any, ...], noise: Tensor) -> Tensor:
     """C ε of shape [..., D]."""
-    return _by_block(blocks, scales, noise, torch.matmul, lambda part, scale: part * scale)
+    return _by_block(*factored(blocks, scales), noise, torch.matmul, lambda part, scale: part * scale)
 
 
 def _by_block(

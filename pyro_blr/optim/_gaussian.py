@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..families import Block, DensePrecision, Precision
+from ..families import Block, DensePrecision, Precision, factored
 from ..gradients import Draws, Estimate, Objective, losses_of
 from ..gradients.recycled import scaled
 from . import _rate
@@ -172,7 +172,7 @@ def skipped(state: State) -> State:
 
 def scales_of(precision: Precision, blocks: tuple[Block, ...], radius: float) -> tuple[Tensor | None, ...]:
     """C_b of every block that has one of its own."""
-    own = (precision.scale(block) if block.structure in ("diagonal", "dense") else None for block in blocks)
+    own = (precision.scale(block) if block.learned else None for block in blocks)
     return tuple(own) if radius == 1 else tuple(None if scale is None else radius * scale for scale in own)
 
 
@@ -216,7 +216,7 @@ def tempered(objective: Objective, blocks: tuple[Block, ...], temperature: float
             raise ValueError("temperature != 1 needs a guide without subsampled or scaled latent sites.")
         log_determinant = sum(
             (scale.diagonal(dim1=-2, dim2=-1) if block.structure == "dense" else scale).log().sum()
-            for block, scale in zip(blocks, scales, strict=True)
+            for block, scale in zip(*factored(blocks, scales), strict=True)
             if scale is not None
         )
         return loss / temperature + (1 / temperature - 1) * log_determinant, extras

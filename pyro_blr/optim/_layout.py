@@ -52,7 +52,8 @@ class Site:
         name: of the sample site, or of the parameter where it belongs to none and is a point of its own.
         loc: name of the location parameter.
         scale: names of the parameters of the scale: none where the covariance is not a parameter of its own, one, or
-            the two whose product (rows scaled by the first) is the `scale_tril` of AutoMultivariateNormal.
+            the two whose product (rows scaled by the first) is the `scale_tril` of AutoMultivariateNormal, or the s
+            and W of diag(s) (I + W Wᵀ) diag(s).
         block: its coordinates.
         family: of the parameters, where they are natural parameters; `loc` and `scale` name its fields.
     """
@@ -156,6 +157,8 @@ def gather(layout: Layout) -> tuple[Tensor, tuple[Tensor | None, ...]]:
             continue
         locs.append(layout.tensors[site.loc].detach())
         values = [transform_to(layout.constraints[name])(layout.tensors[name].detach()) for name in site.scale]
+        if site.block.structure == "low rank":
+            values[1] = torch.nn.functional.pad(values[1], (1, 0), value=1.0)
         scales.append(None if not values else values[0] if len(values) == 1 else values[0][..., None] * values[1])
     if not locs:
         return next(iter(layout.tensors.values())).detach().new_zeros(0), ()
@@ -188,7 +191,9 @@ def constrained(layout: Layout, loc: Tensor, scales: tuple[Tensor | None, ...]) 
         values[site.loc] = value
         if scale is None:
             continue
-        if len(site.scale) == 2:
+        if site.block.structure == "low rank":
+            values[site.scale[0]], values[site.scale[1]] = scale[:, 0], scale[:, 1:] / scale[:, :1]
+        elif len(site.scale) == 2:
             diagonal = scale.diagonal(dim1=-2, dim2=-1)
             values[site.scale[0]], values[site.scale[1]] = diagonal, scale / diagonal[..., None]
         else:

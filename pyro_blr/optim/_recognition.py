@@ -287,6 +287,20 @@ def _match(name: str, message: Any, probe: Probe) -> _Match | None:
                     return (diagonal, unit)
         return ()
 
+    def low_rank_sources(base: Any) -> tuple[str, str]:
+        """s and W, of the covariance diag(s) (I + W Wᵀ) diag(s)."""
+        scale = source(base.cov_diag, torch.square)
+        if scale is not None and base.loc.ndim == 1:
+            made = dict(fed)[scale]
+            factor = source(base.cov_factor, lambda value: made[:, None] * value)
+            if factor is not None and _identity(probe.constraints[factor]):
+                return scale, factor
+        raise ValueError(
+            f"The low-rank covariance of site '{name}' is not recognised: expected a vector with cov_diag = s² and "
+            "cov_factor = s[:, None] * W of two parameters s and W, as AutoLowRankMultivariateNormal has them. Use "
+            "that guide, or a MultivariateNormal (full rank)."
+        )
+
     def scale_source(scale: Tensor) -> tuple[str | None, Any]:
         param = source(scale)
         if param is not None:
@@ -309,10 +323,7 @@ def _match(name: str, message: Any, probe: Probe) -> _Match | None:
     if loc is None or _identity(probe.constraints[loc]) is False:
         return None
     if isinstance(base, torch.distributions.LowRankMultivariateNormal):
-        raise ValueError(
-            f"There is no natural gradient for the low-rank covariance of site '{name}' yet. "
-            "Use AutoMultivariateNormal (full rank) or AutoNormal (mean field, preconditioned by a dense precision)."
-        )
+        return _Match(loc, low_rank_sources(base), "low rank")
     if isinstance(base, torch.distributions.MultivariateNormal):
         scale = sources(base.scale_tril)
         return _Match(loc, scale, "dense" if scale else "fixed")

@@ -117,14 +117,14 @@ class _Place(NamedTuple):
     def step(self, rate: float, far: bool, downhill: bool) -> tuple[Tensor, DensePrecision]:
         """(m, S) after a step of the rule, or from far away after one by the rule or down log L."""
         gradient, hessian = self.gradient, self.hessian
-        trust = DensePrecision(TRUST * torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device))
+        trust = TRUST * torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device)
         if not downhill:
             precision = self.precision.blend(hessian, rate)
-            return self.loc - rate * precision.solve(gradient), trust if far else precision
+            return self.loc - rate * precision.solve(gradient), self.precision.at(trust) if far else precision
         slope = gradient / self.loss
         curvature = hessian / self.loss - torch.outer(slope, slope)
-        half = trust.blend(curvature, 0.5)  # P/2, and so is the slope
-        return self.loc - rate * half.solve(slope / 2), trust
+        half = DensePrecision(trust).blend(curvature, 0.5)  # P/2, and so is the slope
+        return self.loc - rate * half.solve(slope / 2), self.precision.at(trust)
 
     def share(self, there: _Place) -> float:
         """Of the step in S from here, how far Ĥ = S was by the secant, in the Fisher metric; 1 where not yet behind."""

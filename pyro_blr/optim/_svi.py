@@ -312,7 +312,7 @@ class Survey(NamedTuple):
 def survey(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> Survey:
     elbo = check_loss(svi)
     one_density = evaluated_as(elbo) in (Trace_ELBO, TraceEnum_ELBO) and elbo.num_particles == 1
-    drawn = all(block.structure in ("diagonal", "dense") for block in layout.blocks)
+    drawn = all(block.learned for block in layout.blocks)
     alone = not (layout.members or layout.others)
     loc, scales = gather(layout)
     location = loc.detach().requires_grad_()  # TraceEnum_ELBO refuses a loss that cannot be differentiated
@@ -596,6 +596,9 @@ def _replaced(fn: Any, loc: Tensor, scale: Tensor | None) -> Any:
         return dist.TransformedDistribution(_replaced(fn.base_dist, loc, scale), fn.transforms)
     if isinstance(fn, dist.Delta):
         return dist.Delta(loc.expand_as(fn.v), fn.log_density, fn.event_dim)
+    if isinstance(fn, torch.distributions.LowRankMultivariateNormal):
+        assert scale is not None  # or it would not be one of our sites
+        return dist.LowRankMultivariateNormal(loc, scale[:, 1:], scale[:, 0] ** 2)
     if isinstance(fn, torch.distributions.MultivariateNormal):
         factor = fn.scale_tril if scale is None else scale.expand_as(fn.scale_tril)
         return dist.MultivariateNormal(loc.expand_as(fn.loc), scale_tril=factor)
@@ -603,6 +606,6 @@ def _replaced(fn: Any, loc: Tensor, scale: Tensor | None) -> Any:
 
 
 def _affine(base: Any, noise: Tensor) -> Tensor:
-    if isinstance(base, torch.distributions.MultivariateNormal):
+    if isinstance(base, (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)):
         return (base.scale_tril @ noise[..., None]).squeeze(-1)
     return base.scale * noise

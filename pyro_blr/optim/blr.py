@@ -24,8 +24,11 @@ from torch.utils import _pytree as pytree
 from ..families import (
     DensePrecision,
     DiagonalPrecision,
+    LowRankPrecision,
     MultivariateNormalNatural,
     NormalNatural,
+    Precision,
+    factored,
 )
 from ..gradients import (
     Chords,
@@ -103,22 +106,22 @@ class BLR(pyro.optim.PyroOptim):
     """The Bayesian learning rule as an optimizer for the stock `SVI`: swap the optimizer, change nothing else.
 
     Recognises the Gaussian sites of the guide (`AutoNormal`, `AutoDiagonalNormal`, `AutoMultivariateNormal`,
-    `AutoGuideList` of these, `AutoDelta`, hand-written `Normal` and `MultivariateNormal` sites fed by parameters) and
-    moves them by λ ← (1 − ρ) λ − ρ ∇_μ E_q[ℓ]. On a linear-Gaussian model one step is the exact posterior. Sites of
-    other exponential families (`AutoExponentialFamily`, `natural_param`, a `Gamma` fed by parameters) move by the same
-    rule, one after the other.
+    `AutoLowRankMultivariateNormal`, `AutoGuideList` of these, `AutoDelta`, hand-written `Normal` and
+    `MultivariateNormal` sites fed by parameters) and moves them by λ ← (1 − ρ) λ − ρ ∇_μ E_q[ℓ]. On a linear-Gaussian
+    model one step is the exact posterior. Sites of other exponential families (`AutoExponentialFamily`,
+    `natural_param`, a `Gamma` fed by parameters) move by the same rule, one after the other.
 
     Args:
         learning_rate: ρ in (0, 1], or a schedule, a function of the step 0, 1, 2, ... None (the default) chooses ρ at
             every step from the draws: as long as the loss at common draws supports, shorter once the natural gradient
             is inside its own Monte Carlo error.
         estimator: of E_q[∇²ℓ]. `"hessian"`: dense Hessians, the choice of `"auto"` up to 256 coordinates and for
-            full-rank guides; D + 1 gradients a draw (2 D + 1 where the model has no second derivative), won back in
-            steps. `"hutchinson"`: the diagonal from Hessian-vector products, 2 gradients a site (of at most 4) and 1, a
-            draw; the choice of `"auto"` beyond. `"secant"`: either, from differences of gradients at a distance, of a
-            log density with kinks too; 2 D + 1 gradients a draw, or as Hutchinson's; the choice of `"auto"` where a
-            site is a Laplace distribution or made of one. `"gradient"`: the stock gradient alone, at the host's own
-            draws; noisy, so it needs a `learning_rate`.
+            guides of full and low rank; D + 1 gradients a draw (2 D + 1 where the model has no second derivative), won
+            back in steps. `"hutchinson"`: the diagonal from Hessian-vector products, 2 gradients a site (of at most 4)
+            and 1, a draw; the choice of `"auto"` beyond. `"secant"`: either, from differences of gradients at a
+            distance, of a log density with kinks too; 2 D + 1 gradients a draw, or as Hutchinson's; the choice of
+            `"auto"` where a site is a Laplace distribution or made of one. `"gradient"`: the stock gradient alone, at
+            the host's own draws; noisy, so it needs a `learning_rate`.
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
             most: a step begins with one pair. Not used by `estimator="gradient"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q). 1 is Bayes.
@@ -199,26 +202,35 @@ class BLR(pyro.optim.PyroOptim):
 
     def _gaussian(self, svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> tuple[State, str]:
         """The state for the sites, and the estimator of their curvature."""
-        full_rank = any(block.structure == "dense" for block in layout.blocks)
-        if full_rank and self.estimator == "hutchinson":
+        structures = {block.structure for block in layout.blocks}
+        low_rank, full = "low rank" in structures, not structures.isdisjoint({"dense", "low rank"})
+        if full and self.estimator == "hutchinson":
             raise ValueError(
-                "estimator='hutchinson' gives the diagonal of the Hessian, and the guide has a full-rank site. "
-                "Use estimator='hessian', or a mean-field guide."
+                "estimator='hutchinson' gives the diagonal of the Hessian, and the guide has a full-rank or a low-rank "
+                "site. Use estimator='hessian', or a mean-field guide."
+            )
+        if low_rank and self.estimator == "gradient":
+            raise ValueError(
+                "estimator='gradient' is for sites that are mean field or full rank, and the guide has a low-rank "
+                "site. Use estimator='hessian'."
             )
         dimension = sum(block.size for block in layout.blocks)
         small = dimension <= MAX_DENSE_DIMENSION and self.estimator in ("auto", "secant")
-        family = DensePrecision if full_rank or small or self.estimator == "hessian" else DiagonalPrecision
+        dense = full or small or self.estimator == "hessian"
+        family = LowRankPrecision if low_rank else DensePrecision if dense else DiagonalPrecision
         loc, scales = gather(layout)
         precision = family.from_scales(layout.blocks, scales, UNLEARNED_SCALE, like=loc)
         survey, estimator = _svi.survey(svi, args, kwargs, layout), self.estimator
-        recycles = family is DensePrecision and self.learning_rate is None and survey.fixed
+        recycles = dense and self.learning_rate is None and survey.fixed
         if estimator == "auto":
-            estimator = "secant" if survey.kinked else "hessian" if family is DensePrecision else "hutchinson"
+            estimator = "secant" if survey.kinked else "hessian" if dense else "hutchinson"
         start = loc
         if self.learning_rate is None:
             bare = torch.as_tensor(layout.bare, device=loc.device)
             start = torch.where(bare, loc, beside(loc, precision, layout.blocks))
-        return init(start, precision, _recycled.init(loc, scales, self.num_draws // 2) if recycles else None), estimator
+        _, factors = factored(layout.blocks, scales)
+        recycling = _recycled.init(loc, factors, self.num_draws // 2) if recycles else None
+        return init(start, precision, recycling), estimator
 
     def _needs_differences(self, svi: SVI, args: tuple, kwargs: dict, state: OptState) -> bool:
         if state.gaussian is None or state.layout.members or state.estimator in ("secant", "gradient"):
@@ -440,6 +452,7 @@ class BLR(pyro.optim.PyroOptim):
             "seed": self.state.seed,
             "loc": None if gaussian is None else gaussian.loc,
             "precision": None if gaussian is None else field_of(gaussian.precision),
+            "low_rank": low_rank_state(gaussian),
             "rate": None if gaussian is None else vars(gaussian.rate).copy(),
             "radius": None if gaussian is None else gaussian.radius,
             "skipped": 0 if gaussian is None else gaussian.skipped,
@@ -459,7 +472,7 @@ class BLR(pyro.optim.PyroOptim):
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Continue from `get_state()`; taken up at the next step, when the guide's parameters are there."""
         expected = {"count", "seed", "loc", "precision", "rate", "radius", "skipped", "evaluations", "recycling"}
-        expected |= {"members", "sites", "others"}
+        expected |= {"low_rank", "members", "sites", "others"}
         if state_dict and set(state_dict) != expected:
             raise ValueError(
                 f"BLR cannot continue from a state with the entries {sorted(map(str, state_dict))}: it expected "
@@ -482,10 +495,9 @@ class BLR(pyro.optim.PyroOptim):
         self._loaded = {}
         self.others.set_state(loaded["others"])
         if gaussian is not None:
-            precision: Any = type(gaussian.precision)
             gaussian = State(
                 loc=loaded["loc"],
-                precision=precision(loaded["precision"]),
+                precision=resumed_precision(gaussian.precision, loaded["precision"], loaded["low_rank"]),
                 rate=_rate.RateState(**loaded["rate"]),
                 radius=loaded["radius"],
                 skipped=loaded["skipped"],
@@ -551,6 +563,16 @@ def described(layout: Layout) -> list[tuple[str, str, tuple[int, ...]]]:
         (member.name, member.family.__name__, tuple(layout.tensors[member.params[0]].shape))
         for member in layout.members
     ]
+
+
+def low_rank_state(gaussian: State | None) -> tuple[Tensor | None, ...] | None:
+    """What a guide of low rank has beside S."""
+    return gaussian.precision.own if gaussian and isinstance(gaussian.precision, LowRankPrecision) else None
+
+
+def resumed_precision(fresh: Any, field: Tensor, own: Any) -> Precision:
+    """S as it was, and what `low_rank_state` described."""
+    return replace(fresh, matrix=field, own=own) if isinstance(fresh, LowRankPrecision) else type(fresh)(field)
 
 
 STORES: dict[str, Any] = {"pool": recycled.Pool, "frame": orthogonal.Frame}

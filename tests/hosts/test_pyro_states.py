@@ -12,7 +12,12 @@ torch = pytest.importorskip("torch")
 pyro = pytest.importorskip("pyro")
 from pyro import distributions as dist  # noqa: E402
 from pyro.infer import SVI, Trace_ELBO  # noqa: E402
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal  # noqa: E402
+from pyro.infer.autoguide import (  # noqa: E402
+    AutoDiagonalNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 from pyro.optim import Adam  # noqa: E402
 
 from pyro_blr import BLR, IVON, fit  # noqa: E402
@@ -52,7 +57,7 @@ def test_saved_and_loaded_equals_not_stopping_bit_for_bit(options, tmp_path):
     assert torch.equal(state["precision"], straight_state["precision"])
 
 
-@pytest.mark.parametrize("guide_class", [AutoNormal, AutoMultivariateNormal])
+@pytest.mark.parametrize("guide_class", [AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal])
 def test_a_stock_guide_resumes_from_its_state_dict(guide_class):
     """The other way to keep a guide, which is a torch module."""
     svi = make_svi(guide=guide_class(model))
