@@ -4,6 +4,7 @@ from ._estimate import Draws as Draws
 from ._estimate import Estimate as Estimate
 from ._estimate import Extras as Extras
 from ._estimate import Objective as Objective
+from ._estimate import Split as Split
 from .hessian import hessian as hessian
 from .hessian import hessians_at as hessians_at
 from .hutchinson import hutchinson as hutchinson

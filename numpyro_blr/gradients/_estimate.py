@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import Array
 
-__all__ = ["Draws", "Estimate", "Extras", "Objective", "average_over_pairs", "value_and_gradients"]
+__all__ = ["Draws", "Estimate", "Extras", "Objective", "Split", "average_over_pairs", "value_and_gradients"]
 
 
 class Draws(NamedTuple):
@@ -64,6 +65,25 @@ class Extras(NamedTuple):
 
 Objective = Callable[[Array, tuple[Array | None, ...], Any, Any], tuple[Array, Extras]]
 """(mean [D], a scale per block, other parameters, one draw) -> (loss, extras)."""
+
+
+class Split(NamedTuple):
+    """What a Hessian costs less by: most of its columns are those of a loss in which the others are constants.
+
+    Whatever of the loss depends on the others alone, as a Gaussian process's covariance matrix and its Cholesky factor
+    do on a few hyperparameters, is computed once then, and not differentiated along every coordinate.
+
+    Attributes:
+        held: the objective as a function of the `wide` coordinates alone; its derivatives in the others are zero.
+        wide: their numbers, in order.
+    """
+
+    held: Objective
+    wide: np.ndarray
+
+    def narrow(self, size: int) -> np.ndarray:
+        """The numbers of the others."""
+        return np.setdiff1d(np.arange(size), self.wide)
 
 
 class Estimate(NamedTuple):

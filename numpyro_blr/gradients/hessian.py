@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..families import Block
-from ._estimate import Draws, Estimate, Extras, Objective, average_over_pairs, value_and_gradients
+from ._estimate import Draws, Estimate, Extras, Objective, Split, average_over_pairs, value_and_gradients
 from ._second import NO_DERIVATIVE, Products, by_differences, by_forward_mode, standard_deviations, where_known
 
 __all__ = ["hessian", "hessians_at"]
@@ -30,11 +30,12 @@ def hessian(
     draws: Draws,
     blocks: tuple[Block, ...],
     *,
+    split: Split | None = None,
     forward: bool = False,
 ) -> Estimate:
     """E_q[g] and E_q[∇²ℓ] at the given draws."""
     hessians, losses, gradients, g_others, extras, cost = hessians_at(
-        objective, loc, scales, others, draws, blocks, forward=forward
+        objective, loc, scales, others, draws, blocks, split=split, forward=forward
     )
     return average_over_pairs(losses, gradients, hessians, g_others, extras, cost)
 
@@ -47,6 +48,7 @@ def hessians_at(
     draws: Draws,
     blocks: tuple[Block, ...],
     *,
+    split: Split | None = None,
     forward: bool = False,
 ) -> tuple[Array, Array, Array, Any, Extras, Any]:
     """(∇²ℓ [S, D, D], losses [S], ∇ℓ [S, D], gradients of `others`, extras), one for each draw, and the cost of one."""
@@ -64,13 +66,28 @@ def hessians_at(
 
         return jax.vmap(at_draw)(draws)
 
+    def in_parts(split: Split) -> tuple[Any, ...]:
+        wide, narrow = split.wide, split.narrow(len(loc))
+        columns, *rest = at_every_draw(by_forward_mode, identity[narrow])
+
+        def at_draw(draw: Draws) -> Array:
+            def gradient(loc):
+                return value_and_gradients(split.held, (0,), forward)(loc, scales, others, draw)[1][0][wide], None
+
+            return by_forward_mode(gradient, loc, identity[wide])[0]
+
+        matrices = jnp.zeros((len(columns), *identity.shape), loc.dtype)
+        matrices = matrices.at[:, wide[:, None], wide].set(jax.vmap(at_draw)(draws))
+        return matrices.at[:, narrow].set(columns).at[:, :, narrow].set(jnp.swapaxes(columns, 1, 2)), *rest
+
     def in_differences() -> tuple[Any, ...]:
         columns = standard_deviations(blocks, scales, identity)  # Cᵀ, so that the products are Cᵀ H
         products, *rest = at_every_draw(by_differences, columns)
         return jnp.linalg.solve(columns, products), *rest
 
     try:
-        matrices, losses, gradients, g_others, extras = at_every_draw(by_forward_mode, identity)
+        found = at_every_draw(by_forward_mode, identity) if split is None else in_parts(split)
+        matrices, losses, gradients, g_others, extras = found
         matrices, missing = where_known(matrices, gradients, lambda: in_differences()[0])
         cost: Any = jnp.where(missing, 3, 1) * len(loc) + 1
     except NO_DERIVATIVE:

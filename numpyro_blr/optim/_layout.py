@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -106,11 +106,24 @@ class Layout:
     """Every recognised site, and the names of the parameters that belong to none.
 
     `sites` share one Gaussian over all their coordinates, `members` have natural parameters of their own.
+
+    Attributes:
+        small: latents of few coordinates beside others of many, the `wide` coordinates, by which Hessians are split
+            (`gradients.Split`); none where they are not.
+        held: those that are constants in the loss.
     """
 
     sites: tuple[Site, ...]
     members: tuple[Member, ...]
     others: tuple[str, ...] = field(metadata={"static": True})
+    small: frozenset[str] = field(metadata={"static": True}, default=frozenset())
+    wide: tuple[int, ...] = field(metadata={"static": True}, default=())
+    held: frozenset[str] = field(metadata={"static": True}, default=frozenset())
+
+    @property
+    def holding(self) -> Layout:
+        """The same of a loss in which the `small` latents are constants."""
+        return replace(self, held=self.small)
 
     @property
     def blocks(self) -> tuple[Block, ...]:

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from jax import Array
 from numpyro.distributions import biject_to, constraints
 from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer import SVI
+from numpyro.infer.autoguide import AutoContinuous
 
 from ..families import Block, Natural, Structure, natural_of
 from ._layout import (
@@ -39,7 +41,9 @@ from ._layout import (
 )
 from ._options import OTHERS_RATE
 
-__all__ = ["check_not_traced", "recognise"]
+__all__ = ["check_not_traced", "halved", "recognise"]
+
+MANY = 16
 
 
 def recognise(
@@ -97,6 +101,31 @@ def recognise(
     if rule == "BLR":  # IVON has its own word for subsampled sites
         _check_plates(svi, layout, guide_trace)
     return layout
+
+
+def halved(layout: Layout, guide: Any) -> Layout:
+    """The layout that says which latents are small beside others, for `gradients.Split`.
+
+    A latent is small if it has at most half as many coordinates as the largest, which has at least sixteen.
+    """
+    latents = {name: numbers for site in layout.sites for name, numbers in _latents_of(site, guide).items()}
+    largest = max(map(len, latents.values()), default=0)
+    small = frozenset(name for name, numbers in latents.items() if 2 * len(numbers) <= largest)
+    if layout.members or largest < MANY or not small:
+        return layout
+    wide = sorted(number for name, numbers in latents.items() if name not in small for number in numbers)
+    return replace(layout, small=small, wide=tuple(wide))
+
+
+def _latents_of(site: Site, guide: Any) -> dict[str, list[int]]:
+    """The coordinates of every latent that a site of the guide draws: its own, or all of the model's together."""
+    own = list(range(site.block.start, site.block.stop))
+    for part in (guide, *getattr(guide, "_guides", ())):
+        if isinstance(part, AutoContinuous) and site.name == f"_{part.prefix}_latent" and part.latent_dim == len(own):
+            with jax.ensure_compile_time_eval():
+                parts = part._unpack_latent(jnp.arange(len(own), dtype=float))
+                return {name: [own[int(i)] for i in np.ravel(numbers)] for name, numbers in parts.items()}
+    return {site.name: own}
 
 
 def _draws(guide_trace: dict, unknown: set[str]) -> bool:

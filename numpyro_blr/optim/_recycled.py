@@ -37,6 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +45,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..families import Block, DensePrecision
-from ..gradients import Chords, Draws, Objective, hessians_at, orthogonal, recycled, secants_at
+from ..gradients import Chords, Draws, Objective, Split, hessians_at, orthogonal, recycled, secants_at
 from . import _rate
 from ._gaussian import State, all_finite, scales_of, select, skipped
 
@@ -175,6 +176,7 @@ def step(
     digest: Array,
     *,
     chords: Chords | None = None,
+    split: Split | None = None,
     forward: bool = False,
 ) -> tuple[State, Array, Array]:
     """One step.
@@ -184,6 +186,7 @@ def step(
         noise: ε of as many pairs as a step may draw, [K, D]; the first `num_pairs` are used.
         digest: of the model's arguments.
         chords: of the same pairs, where the curvature is that of secants; None where it is that of Hessians.
+        split: by which Hessians cost less, if there is any.
 
     Returns:
         the next state, the loss averaged over the fresh draws, and whether the Gaussian moved. Where the loss, a
@@ -194,7 +197,12 @@ def step(
     state = replace(state, recycling=recycling)
     assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
     max_pairs, dtype = len(noise), state.loc.dtype
-    num_drawn, pool, losses, usable, evaluations = _fresh(state, objective, blocks, noise, chords, temperature, forward)
+    curvatures_at = partial(hessians_at, split=split, forward=forward)
+    if chords is not None:
+        curvatures_at = partial(secants_at, forward=forward)
+    num_drawn, pool, losses, usable, evaluations = _fresh(
+        state, objective, blocks, noise, chords, temperature, curvatures_at
+    )
     fresh = jnp.arange(max_pairs, dtype=jnp.int32) < recycling.num_pairs
 
     def noisy_steps_of(start: _Place) -> Array:
@@ -313,7 +321,7 @@ def _fresh(
     noise: Array,
     chords: Chords | None,
     temperature: float,
-    forward: bool,
+    curvatures_at: Callable[..., tuple[Any, ...]],
 ) -> tuple[Array, recycled.Pool, Array, Array, Array]:
     """Pairs up to the first that is not finite, the pool with them, their losses [K, 2], whether there is none, and the
     gradients that they took.
@@ -324,13 +332,10 @@ def _fresh(
 
     def draw(carry):
         number, found, _, evaluations = carry
-        pair, curvatures_at = Draws.at(_pair(noise[number])), hessians_at
+        pair = Draws.at(_pair(noise[number]))
         if chords is not None:
-            own = Chords(*(chord[None, number] for chord in chords))
-            pair, curvatures_at = pair._replace(chords=own.mirrored()), secants_at
-        hessians, values, gradients, _, _, cost = curvatures_at(
-            objective, state.loc, scales, {}, pair, blocks, forward=forward
-        )
+            pair = pair._replace(chords=Chords(*(chord[None, number] for chord in chords)).mirrored())
+        hessians, values, gradients, _, _, cost = curvatures_at(objective, state.loc, scales, {}, pair, blocks)
         finite = all_finite(values, gradients, hessians)
         found = tuple(
             lax.dynamic_update_index_in_dim(stack, value, number, 0)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import numpyro.optim
-from jax import Array, random
+from jax import Array, lax, random
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from numpyro.optim import _NumPyroOptim
 from numpyro.primitives import Messenger
@@ -182,11 +182,14 @@ def objective_of(fn: Callable, layout: Layout, params: Mapping[str, Any]) -> Obj
     """SVI's loss as a function of (mean, scales, others) at noise and at values of the members that the caller chooses.
 
     `fn` closes over one random key, so all evaluations see the same minibatch, and the same noise for the same draw.
-    A member's own log q is no part of it: what is left of the loss is its −log p.
+    A member's own log q is no part of it: what is left of the loss is its −log p. Sites that are `layout.held` are
+    constants.
     """
 
     def objective(loc: Array, scales: tuple[Array | None, ...], others: Mapping[str, Any], draw: Draws | None):
         values = {**scatter(layout, loc, scales, params), **others}
+        locs = [site.loc for site in layout.sites if site.name in layout.held]
+        values |= {name: lax.stop_gradient(values[name]) for name in locs}
         redraw = Redraw(layout, draw)
         with redraw:
             loss, aux = fn(values)
@@ -259,6 +262,7 @@ class Redraw(Messenger):
 
     def __init__(self, layout: Layout, draw: Draws | None) -> None:
         super().__init__(None)
+        self.held = layout.held
         self.sites = {site.name: site for site in layout.sites}
         self.members = {member.name: member for member in layout.members}
         self.components = {
@@ -288,6 +292,10 @@ class Redraw(Messenger):
             self._give(msg, *self.components[msg["name"]])
         elif msg["name"] in self.sites:
             self._draw(msg, self.sites[msg["name"]])
+        elif msg["name"] in self.held:  # which the guide makes of a part of one of our draws
+            fn = msg["fn"]
+            v, log_density = lax.stop_gradient((fn.v, fn.log_density))
+            msg["fn"] = dist.Delta(v, log_density=log_density, event_dim=fn.event_dim)
 
     def _give(self, msg: dict, member: Member, index: int) -> None:
         value = self.values[member.name]

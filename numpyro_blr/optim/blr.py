@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.optim
 from jax import Array
 from numpyro.infer import SVI
@@ -27,13 +28,25 @@ from ..families import (
     MultivariateNormalNatural,
     NormalNatural,
 )
-from ..gradients import Chords, Draws, Estimate, Extras, chords, hessian, hutchinson, parted, reparameterized, secant
+from ..gradients import (
+    Chords,
+    Draws,
+    Estimate,
+    Extras,
+    Split,
+    chords,
+    hessian,
+    hutchinson,
+    parted,
+    reparameterized,
+    secant,
+)
 from . import _options, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
 from ._gaussian import State, all_finite, beside, init, scales_of, select, step, tempered
 from ._layout import Layout, gather, gather_members, joined, scatter, scatter_members
 from ._noise import digest_of
-from ._recognition import recognise
+from ._recognition import halved, recognise
 
 __all__ = ["BLR", "OptState", "State", "init", "scales_of", "step", "tempered"]
 
@@ -149,6 +162,7 @@ class BLR(numpyro.optim._NumPyroOptim):
                 f"{', '.join(member.name for member in layout.members)} of other families. Use the default estimator."
             )
         layout, roles = self._roles(svi, args, kwargs, layout, params) if layout.members else (layout, ())
+        layout = halved(layout, svi.guide)
         gaussian, estimator = self._gaussian(svi, args, kwargs, layout, params) if layout.sites else (None, "none")
         state = OptState(
             params=jax.tree.map(jnp.copy, dict(params)),  # no buffer twice, so that the state can be donated
@@ -267,6 +281,7 @@ class BLR(numpyro.optim._NumPyroOptim):
                 self.temperature,
                 digest_of(_svi.arguments_of_step()),
                 chords=self._chords(fn, opt_state, len(gaussian.loc)) if secants else None,
+                split=self._split(fn, opt_state),
                 forward=forward_mode_differentiation,
             )
             loss, g_others, extras = self.temperature * average, {}, Extras(None)
@@ -277,7 +292,7 @@ class BLR(numpyro.optim._NumPyroOptim):
                 layout.blocks,
                 others,
                 draws,
-                self._estimator(opt_state, forward_mode_differentiation),
+                self._estimator(fn, opt_state, forward_mode_differentiation),
                 self._rate(count, gaussian.loc.dtype),
             )
         if gaussian is not None:
@@ -366,15 +381,24 @@ class BLR(numpyro.optim._NumPyroOptim):
         key = jax.random.fold_in(_svi.key_of(fn, opt_state.layout, opt_state.params), CHORDS)
         return chords(key, self.num_draws // 2, num_directions, like=opt_state.gaussian.loc)
 
-    def _estimator(self, opt_state: OptState, forward: bool) -> Callable[..., Estimate]:
+    def _split(self, fn: Callable, opt_state: OptState) -> Split | None:
+        """The loss as a function of the wide coordinates alone, where Hessians cost less by it."""
+        layout = opt_state.layout
+        if not layout.wide or opt_state.estimator != "hessian":
+            return None
+        held = tempered(_svi.objective_of(fn, layout.holding, opt_state.params), layout.blocks, self.temperature)
+        return Split(held, np.array(layout.wide))
+
+    def _estimator(self, fn: Callable, opt_state: OptState, forward: bool) -> Callable[..., Estimate]:
         if opt_state.estimator == "gradient":
             assert opt_state.gaussian is not None  # there is one whose gradient it is
             dense = isinstance(opt_state.gaussian.precision, DensePrecision)
             return lambda objective, loc, scales, others, _, blocks: reparameterized(
                 objective, loc, scales, others, blocks, dense=dense, forward=forward
             )
-        estimators = {"hessian": hessian, "hutchinson": hutchinson, "secant": secant}
-        return partial(estimators[opt_state.estimator], forward=forward)
+        if opt_state.estimator == "hessian":
+            return partial(hessian, split=self._split(fn, opt_state), forward=forward)
+        return partial({"hutchinson": hutchinson, "secant": secant}[opt_state.estimator], forward=forward)
 
     def _rate(self, count: Array, dtype: Any) -> Array | None:
         if self.learning_rate is None:

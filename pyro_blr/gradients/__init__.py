@@ -5,6 +5,7 @@ from ._estimate import Draws as Draws
 from ._estimate import Estimate as Estimate
 from ._estimate import Extras as Extras
 from ._estimate import Objective as Objective
+from ._estimate import Split as Split
 from ._estimate import Transformation as Transformation
 from ._estimate import Vectorised as Vectorised
 from ._estimate import each_draw as each_draw

@@ -23,6 +23,7 @@ __all__ = [
     "Estimate",
     "Extras",
     "Objective",
+    "Split",
     "Transformation",
     "Vectorised",
     "at_every_draw",
@@ -115,6 +116,25 @@ class AtPoints(ABC):
     @abstractmethod
     def at_points(self, points: Tensor, scales: tuple[Tensor | None, ...], draw: Draws) -> tuple[Tensor, Tensor] | None:
         """(L [P], g [P, D]) with each of `points` [P, D] for m, at the noise of one draw; None where that fails."""
+
+
+class Split(NamedTuple):
+    """What a Hessian costs less by: most of its columns are those of a loss in which the others are constants.
+
+    Whatever of the loss depends on the others alone, as a Gaussian process's covariance matrix and its Cholesky factor
+    do on a few hyperparameters, is computed once then, and not differentiated along every coordinate.
+
+    Attributes:
+        held: the objective as a function of the `wide` coordinates alone; its derivatives in the others are zero.
+        wide: their numbers, in order.
+    """
+
+    held: Objective
+    wide: tuple[int, ...]
+
+    def narrow(self, size: int) -> tuple[int, ...]:
+        """The numbers of the others."""
+        return tuple(sorted(set(range(size)) - set(self.wide)))
 
 
 class Estimate(NamedTuple):

@@ -10,6 +10,7 @@ Source: Khan & Rue 2023, equations 9 and 10; Opper & Archambeau 2009.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from ._estimate import (
     Estimate,
     Extras,
     Objective,
+    Split,
+    Transformation,
     at_every_draw,
     average_over_pairs,
     each_draw,
@@ -39,11 +42,12 @@ def hessian(
     draws: Draws,
     blocks: tuple[Block, ...],
     *,
+    split: Split | None = None,
     differences: bool = False,
 ) -> Estimate:
     """E_q[g] and E_q[∇²ℓ] at the given draws."""
     hessians, losses, gradients, extras, cost = hessians_at(
-        objective, loc, scales, others, draws, blocks, differences=differences
+        objective, loc, scales, others, draws, blocks, split=split, differences=differences
     )
     return average_over_pairs(losses, gradients, hessians, extras, cost)
 
@@ -56,6 +60,7 @@ def hessians_at(
     draws: Draws,
     blocks: tuple[Block, ...],
     *,
+    split: Split | None = None,
     differences: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Extras, int]:
     """(∇²ℓ [S, D, D], losses [S], ∇ℓ [S, D]), one for each draw, the extras of the first, and the cost of one.
@@ -63,38 +68,67 @@ def hessians_at(
     Args:
         differences: of gradients, where the model has no second derivative.
     """
-    identity = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
+    size = len(loc)
+    identity = torch.eye(size, dtype=loc.dtype, device=loc.device)
 
     def in_differences(draw: Draws) -> Tensor:
         columns = standard_deviations(blocks, scales, identity)  # Cᵀ, so that the products are Cᵀ H
         return torch.linalg.solve(columns, by_differences(gradient_of(objective, scales, others, draw), loc, columns))
 
-    def at_draw(draw: Draws):
-        loss, extras, gradient, location = value_and_gradient(objective, loc, scales, others, draw)
-        matrix = torch.zeros_like(identity)
-        if differences:
-            matrix = in_differences(draw)
-        elif gradient.requires_grad:  # not where ℓ is linear
-            (matrix,) = torch.autograd.grad(gradient, location, identity, is_grads_batched=True, materialize_grads=True)
-        return loss, gradient.detach(), matrix, extras
+    def columns_of(objective: Objective, numbers: tuple[int, ...]) -> tuple[tuple[Tensor, ...], Extras]:
+        """((losses, gradients, columns of Hessians [S, C, D] of the given numbers), extras)."""
 
-    (losses, gradients, matrices), extras = at_every_draw(objective, _second_order, at_draw, loc, scales, draws)
-    cost = (2 if differences else 1) * len(loc) + 1
+        def at_draw(draw: Draws):
+            loss, extras, gradient, m = value_and_gradient(objective, loc, scales, others, draw)
+            rows = identity[list(numbers)]
+            columns = torch.zeros_like(rows)
+            if differences:
+                columns = in_differences(draw)
+            elif gradient.requires_grad:  # not where ℓ is linear
+                (columns,) = torch.autograd.grad(gradient, m, rows, is_grads_batched=True, materialize_grads=True)
+            return loss, gradient.detach(), columns, extras
+
+        return at_every_draw(objective, _second_order(numbers), at_draw, loc, scales, draws)
+
+    if split is None or differences:
+        (losses, gradients, matrices), extras = columns_of(objective, tuple(range(size)))
+    else:
+        wide, narrow = list(split.wide), list(split.narrow(size))
+        (losses, gradients, columns), extras = columns_of(objective, split.narrow(size))
+        (_, _, held), _ = columns_of(split.held, split.wide)
+        matrices = loc.new_zeros(len(losses), size, size)
+        matrices[:, wide] = held
+        matrices[:, narrow], matrices[:, :, narrow] = columns, columns.mT
+    cost = (2 if differences else 1) * size + 1
     if unknown(matrices, gradients):
-        matrices, cost = torch.stack([in_differences(draw) for draw in each_draw(draws)]), cost + 2 * len(loc)
+        matrices, cost = torch.stack([in_differences(draw) for draw in each_draw(draws)]), cost + 2 * size
     return (matrices + matrices.mT) / 2, losses, gradients, extras, cost
 
 
-def _second_order(loss: Callable[..., Tensor], forward: bool) -> Callable[..., tuple[Tensor, ...]]:
-    """(L, g, H) of one draw."""
+@cache
+def _second_order(numbers: tuple[int, ...]) -> Transformation:
+    """(L, g, H's columns of the given numbers) of one draw; one object for the same ones, since programs are kept."""
 
-    def at_draw(loc: Tensor, scales: tuple[Tensor | None, ...]):
-        def gradient_and_aux(loc: Tensor):
-            gradient, value = torch.func.grad_and_value(loss)(loc, scales)
-            return gradient, (value, gradient)
+    def second_order(loss: Callable[..., Tensor], forward: bool) -> Callable[..., tuple[Tensor, ...]]:
+        def at_draw(loc: Tensor, scales: tuple[Tensor | None, ...]):
+            def gradient_and_aux(loc: Tensor):
+                gradient, value = torch.func.grad_and_value(loss)(loc, scales)
+                return gradient, (value, gradient)
 
-        jacobian = torch.func.jacfwd if forward else torch.func.jacrev
-        matrix, (value, gradient) = jacobian(gradient_and_aux, has_aux=True)(loc)
-        return value, gradient, matrix
+            if len(numbers) == len(loc):
+                jacobian = torch.func.jacfwd if forward else torch.func.jacrev
+                matrix, (value, gradient) = jacobian(gradient_and_aux, has_aux=True)(loc)
+                return value, gradient, matrix
+            rows = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)[list(numbers)]
+            if forward:
+                push: Any = lambda row: torch.func.jvp(gradient_and_aux, (loc,), (row,), has_aux=True)  # noqa: E731
+                _, columns, (values, gradients) = torch.func.vmap(push)(rows)
+                return values[0], gradients[0], columns
+            pulled: Any = torch.func.vjp(gradient_and_aux, loc, has_aux=True)
+            _, pull, (value, gradient) = pulled
+            (columns,) = torch.func.vmap(pull)(rows)
+            return value, gradient, columns
 
-    return at_draw
+        return at_draw
+
+    return second_order

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,11 @@ class Layout:
 
     `sites` share one Gaussian over all their coordinates, `members` have natural parameters of their own. The guide
     itself makes scales of the parameters `made`, which are unconstrained, by the transform of their `constraints`.
+
+    Attributes:
+        small: latents of few coordinates beside others of many, the `wide` coordinates, by which Hessians are split
+            (`gradients.Split`); none where they are not.
+        held: those that are constants in the loss.
     """
 
     sites: tuple[Site, ...]
@@ -109,6 +115,14 @@ class Layout:
     constraints: dict[str, Any]
     others: dict[str, Tensor]
     made: frozenset[str] = frozenset()
+    small: frozenset[str] = frozenset()
+    wide: tuple[int, ...] = ()
+    held: frozenset[str] = frozenset()
+
+    @cached_property
+    def holding(self) -> Layout:
+        """The same of a loss in which the `small` latents are constants."""
+        return replace(self, held=self.small)
 
     @property
     def blocks(self) -> tuple[Block, ...]:

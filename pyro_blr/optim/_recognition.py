@@ -18,6 +18,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.constraints import softplus_positive
 from pyro.infer import SVI
+from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
@@ -39,7 +40,9 @@ from ._layout import (
 )
 from ._options import OTHERS_RATE
 
-__all__ = ["recognise"]
+__all__ = ["halved", "recognise"]
+
+MANY = 16
 
 
 def recognise(
@@ -121,6 +124,30 @@ def recognise(
     if rule == "BLR":  # IVON has its own word for subsampled sites
         _check_plates(loss, layout, probe, learned_scales_only)
     return layout
+
+
+def halved(layout: Layout, guide: Any) -> Layout:
+    """The layout that says which latents are small beside others, for `gradients.Split`.
+
+    A latent is small if it has at most half as many coordinates as the largest, which has at least sixteen.
+    """
+    latents = {name: numbers for site in layout.sites for name, numbers in _latents_of(site, guide).items()}
+    largest = max(map(len, latents.values()), default=0)
+    small = frozenset(name for name, numbers in latents.items() if 2 * len(numbers) <= largest)
+    if layout.members or largest < MANY or not small:
+        return layout
+    wide = sorted(number for name, numbers in latents.items() if name not in small for number in numbers)
+    return replace(layout, small=small, wide=tuple(wide))
+
+
+def _latents_of(site: Site, guide: Any) -> dict[str, list[int]]:
+    """The coordinates of every latent that a site of the guide draws: its own, or all of the model's together."""
+    own = list(range(site.block.start, site.block.stop))
+    for part in guide.modules() if isinstance(guide, torch.nn.Module) else ():
+        if isinstance(part, AutoContinuous) and site.name == f"_{part._pyro_name}_latent":
+            parts = part._unpack_latent(torch.arange(len(own)))
+            return {latent["name"]: [own[int(i)] for i in numbers.reshape(-1)] for latent, numbers in parts}
+    return {site.name: own}
 
 
 def _draws(probe: Probe, known: set[str]) -> bool:

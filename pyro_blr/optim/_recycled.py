@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from ..families import Block, DensePrecision
-from ..gradients import Chords, Draws, Objective, hessians_at, orthogonal, recycled, secants_at
+from ..gradients import Chords, Draws, Objective, Split, hessians_at, orthogonal, recycled, secants_at
 from . import _rate
 from ._gaussian import State, all_finite, losses_at, scales_of, skipped
 
@@ -166,6 +166,7 @@ def step(
     digest: int,
     *,
     chords: Chords | None = None,
+    split: Split | None = None,
     differences: bool = False,
 ) -> tuple[State, Tensor, bool]:
     """One step.
@@ -175,6 +176,7 @@ def step(
         noise: ε of as many pairs as a step may draw, [K, D]; the first `num_pairs` are used.
         digest: of the model's arguments.
         chords: of the same pairs, where the curvature is that of secants; None where it is that of Hessians.
+        split: by which Hessians cost less, if there is any.
         differences: whether Hessians are differences of gradients.
 
     Returns:
@@ -187,7 +189,12 @@ def step(
     assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
     pairs = torch.stack([noise, -noise], 1)[: recycling.num_pairs]
     draws = Draws.at(pairs.flatten(0, 1))  # one object for all that is asked of them, whose noise is made once
-    pool, losses, usable, evaluations = _fresh(state, objective, blocks, pairs, draws, chords, temperature, differences)
+    curvatures_at: Any = partial(hessians_at, split=split, differences=differences)
+    if chords is not None:
+        curvatures_at = secants_at
+    pool, losses, usable, evaluations = _fresh(
+        state, objective, blocks, pairs, draws, chords, temperature, curvatures_at
+    )
 
     def place(loc: Tensor, precision: DensePrecision, scales: tuple[Any, ...]) -> _Place:
         moments = recycled.moments(pool, blocks, loc, scales)
@@ -281,7 +288,7 @@ def _fresh(
     draws: Draws,
     chords: Chords | None,
     temperature: float,
-    differences: bool,
+    curvatures_at: Callable[..., tuple[Any, ...]],
 ) -> tuple[recycled.Pool, Tensor, bool, int]:
     """The pool with the pairs up to the first that is not finite, all losses, [K, 2], whether there is none, and the
     gradients that they took.
@@ -289,10 +296,8 @@ def _fresh(
     scales = scales_of(state.precision, blocks, state.radius)
     _, log_determinant = recycled.standardized(blocks, state.loc, scales, state.loc)
     constant = log_determinant + len(state.loc) * math.log(2 * math.pi) / (2 * temperature)
-    curvatures_at: Any = partial(hessians_at, differences=differences)
     if chords is not None:
-        own, curvatures_at = Chords(*(chord[: len(pairs)] for chord in chords)), secants_at
-        draws = draws._replace(chords=own.mirrored(1))
+        draws = draws._replace(chords=Chords(*(chord[: len(pairs)] for chord in chords)).mirrored(1))
     hessians, losses, gradients, _, cost = curvatures_at(objective, state.loc, scales, None, draws, blocks)
     losses = losses.reshape(-1, 2)
     energies = losses + constant + (pairs**2).sum(-1) / (2 * temperature)  # ℓ/τ

@@ -252,7 +252,7 @@ def objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout, seed: int)
 
     Everything random is a function of `seed`: all evaluations see the same minibatch, and the same noise for the same
     draw. The host's random state and its parameters are left as they are. A member's own log q is no part of it: what
-    is left of the loss is its −log p.
+    is left of the loss is its −log p. Sites that are `layout.held` are constants.
     """
     elbo = check_loss(svi)
     loss_of = evaluated_as(elbo).differentiable_loss
@@ -457,8 +457,15 @@ class Redraw(Messenger):
         self.components = {
             site: (member, index) for member in layout.members for index, site in enumerate(member.sites)
         }
-        self.values = constrained(layout, loc, scales)
-        self.moments = moments(layout, loc, scales)
+        held = {name for site in layout.sites if site.name in layout.held for name in (site.loc, *site.scale)}
+        self.held = layout.held
+        self.values = {
+            name: value.detach() if name in held else value for name, value in constrained(layout, loc, scales).items()
+        }
+        self.moments = {
+            name: (loc.detach() if name in layout.held else loc, scale)
+            for name, (loc, scale) in moments(layout, loc, scales).items()
+        }
         self.draw = draw
         given: Members = Members({}, {}) if draw.members is None else draw.members
         self.given, self.cell_weights, self.factors = given
@@ -491,6 +498,10 @@ class Redraw(Messenger):
                 self._give(msg, *self.components[msg["name"]])
             elif msg["name"] in self.sites:
                 self._draw(msg, self.sites[msg["name"]])
+            elif msg["name"] in self.held:  # which the guide makes of a part of one of our draws
+                fn = msg["fn"]
+                log_density = torch.as_tensor(fn.log_density).detach()
+                msg["fn"] = dist.Delta(fn.v.detach(), log_density, fn.event_dim)
         self._weigh(msg)
 
     def _give(self, msg: Any, member: Member, index: int) -> None:

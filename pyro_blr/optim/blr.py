@@ -36,6 +36,7 @@ from ..gradients import (
     Estimate,
     Extras,
     Objective,
+    Split,
     chords,
     each_draw,
     has_second_derivative,
@@ -51,7 +52,7 @@ from . import _options, _rate, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
 from ._gaussian import State, all_finite, beside, field_of, init, scales_of, step, tempered
 from ._layout import Layout, gather, gather_members, joined, scatter, scatter_members
-from ._recognition import recognise
+from ._recognition import halved, recognise
 from ._traced import Traced, Tracer
 
 __all__ = ["BLR", "OptState", "State", "init", "scales_of", "step", "tempered"]
@@ -162,7 +163,7 @@ class BLR(pyro.optim.PyroOptim):
         self._most_points = MAX_DENSE_DIMENSION if alone else 0
         self.state: OptState | None = None
         self.compile: bool | str = False  # True, "auto" or "inductor": steps on the loss traced once (`_traced.py`)
-        self._tracer = Tracer()
+        self._tracer, self._held_tracer = Tracer(), Tracer()
         self._fingerprint = _svi.Fingerprint()
         self._turns = _svi.Turns()
         self._seen: tuple[Any, ...] = ()
@@ -187,6 +188,7 @@ class BLR(pyro.optim.PyroOptim):
                 f"{', '.join(member.name for member in layout.members)} of other families. Use the default estimator."
             )
         layout, roles = self._roles(svi, args, kwargs, layout) if layout.members else (layout, ())
+        layout = halved(layout, svi.guide)
         gaussian, estimator = self._gaussian(svi, args, kwargs, layout) if layout.sites else (None, "none")
         state = OptState(
             count=0,
@@ -316,7 +318,9 @@ class BLR(pyro.optim.PyroOptim):
             return svi.step(*args, **kwargs)
         if self.estimator != "gradient":
             return self._step(svi, args, kwargs, state)
-        objective = self._objective(svi, args, kwargs, state, state.step_seed, None) if self.compile else None
+        objective, _ = (
+            self._objective(svi, args, kwargs, state, state.step_seed, None) if self.compile else (None, None)
+        )
         if not isinstance(objective, Traced):
             return svi.step(*args, **kwargs)
         return self._step(svi, args, kwargs, state, objective)
@@ -324,10 +328,10 @@ class BLR(pyro.optim.PyroOptim):
     def _step(self, svi: SVI, args: tuple, kwargs: dict, state: OptState, objective: Objective | None = None) -> float:
         """One step of every part, at the host's own draw where an objective for it is given; the loss."""
         layout, gaussian, members, naturals = state.layout, state.gaussian, state.members, None
-        draws, loss, seed = None, torch.tensor(torch.nan), state.step_seed
+        draws, split, loss, seed = None, None, torch.tensor(torch.nan), state.step_seed
         if objective is None:
             draws = self._draws(state, seed)
-            objective = self._objective(svi, args, kwargs, state, seed, draws)
+            objective, split = self._objective(svi, args, kwargs, state, seed, draws)
         if layout.members:
             assert draws is not None  # `init` refuses the other estimator
             plain = _svi.objective_of(svi, args, kwargs, layout, seed)
@@ -344,6 +348,7 @@ class BLR(pyro.optim.PyroOptim):
                 self.temperature,
                 digest,
                 chords=self._chords(state, seed, len(gaussian.loc)) if state.estimator == "secant" else None,
+                split=split,
                 differences=state.differences,
             )
             loss = self.temperature * average
@@ -354,7 +359,7 @@ class BLR(pyro.optim.PyroOptim):
                 layout.blocks,
                 None,
                 draws,
-                self._estimator(state),
+                self._estimator(state, split),
                 self._rate(state.count),
             )
             loss = loss if layout.members else self.temperature * estimate.loss
@@ -374,28 +379,39 @@ class BLR(pyro.optim.PyroOptim):
 
     def _objective(
         self, svi: SVI, args: tuple, kwargs: dict, state: OptState, seed: int, draws: Draws | None
-    ) -> Objective:
-        """The loss that the Gaussian is moved on; `Traced` where `compile` asks for it and it can be."""
+    ) -> tuple[Objective, Split | None]:
+        """The loss that the Gaussian is moved on, and by what its Hessians cost less, if by anything.
+
+        They are `Traced` where `compile` asks for it and they can be.
+        """
         layout, gaussian = state.layout, state.gaussian
+        scales = () if gaussian is None else scales_of(gaussian.precision, layout.blocks, gaussian.radius)
+        start = None if gaussian is None else (gaussian.loc, scales)
 
         def temper(objective: Objective) -> Objective:
             return tempered(objective, layout.blocks, self.temperature)
 
-        untraced = temper(_svi.objective_of(svi, args, kwargs, layout, seed))
+        def traced(tracer: Tracer, layout: Layout, untraced: Objective, split_by: Callable[[Objective], Any]) -> Any:
+            def estimate(objective: Objective, loc: Tensor) -> Estimate:
+                estimator, (whole, split) = self._estimator, split_by(objective)
+                return estimator(state, split)(whole, loc, scales, None, draws, layout.blocks)
+
+            return tracer.objective(
+                self.compile, svi, args, kwargs, layout, untraced, temper, estimate, start, seed, state.differences
+            )
+
+        objective, split = temper(_svi.objective_of(svi, args, kwargs, layout, seed)), None
+        if layout.wide and state.estimator == "hessian" and not state.differences:
+            split = Split(temper(_svi.objective_of(svi, args, kwargs, layout.holding, seed)), layout.wide)
         if state.estimator == "secant":
-            untraced = _svi.Mapped(untraced, temper(_svi.traceable_objective_of(svi, args, kwargs, layout, seed)))
+            objective = _svi.Mapped(objective, temper(_svi.traceable_objective_of(svi, args, kwargs, layout, seed)))
         if not self.compile:
-            return untraced
-        scales = () if gaussian is None else scales_of(gaussian.precision, layout.blocks, gaussian.radius)
-
-        def estimate(objective: Objective, loc: Tensor) -> Estimate:
-            assert gaussian is not None  # where it is, nothing is traced
-            return self._estimator(state)(objective, loc, scales, None, draws, layout.blocks)
-
-        start = None if gaussian is None else (gaussian.loc, scales)
-        return self._tracer.objective(
-            self.compile, svi, args, kwargs, layout, untraced, temper, estimate, start, seed, state.differences
-        )
+            return objective, split
+        whole = traced(self._tracer, layout, objective, lambda objective: (objective, split))
+        if split is not None and isinstance(whole, Traced):
+            by_held = lambda held: (whole, Split(held, layout.wide))  # noqa: E731
+            split = Split(traced(self._held_tracer, layout.holding, split.held, by_held), layout.wide)
+        return whole, split
 
     def _sweep(
         self, objective: Objective, state: OptState, draws: Draws, seed: int
@@ -439,7 +455,13 @@ class BLR(pyro.optim.PyroOptim):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which begin at this state with the parameters that they find."""
-        new = {"state": None, "_seen": (), "_tracer": Tracer(), "_fingerprint": _svi.Fingerprint()}
+        new = {
+            "state": None,
+            "_seen": (),
+            "_tracer": Tracer(),
+            "_held_tracer": Tracer(),
+            "_fingerprint": _svi.Fingerprint(),
+        }
         return {**vars(self), **new, "_loaded": self.get_state()}
 
     def get_state(self) -> dict[str, Any]:
@@ -539,7 +561,7 @@ class BLR(pyro.optim.PyroOptim):
         generator = torch.Generator(loc.device).manual_seed(seed + 2 + self.num_draws)
         return chords(generator, self.num_draws // 2, num_directions, like=loc)
 
-    def _estimator(self, state: OptState) -> Callable[..., Estimate]:
+    def _estimator(self, state: OptState, split: Split | None) -> Callable[..., Estimate]:
         if state.estimator == "gradient":
             assert state.gaussian is not None  # there is one whose gradient it is
             dense = isinstance(state.gaussian.precision, DensePrecision)
@@ -548,7 +570,9 @@ class BLR(pyro.optim.PyroOptim):
             )
         if state.estimator == "secant":
             return secant
-        return partial({"hessian": hessian, "hutchinson": hutchinson}[state.estimator], differences=state.differences)
+        if state.estimator == "hessian":
+            return partial(hessian, split=split, differences=state.differences)
+        return partial(hutchinson, differences=state.differences)
 
     def _rate(self, count: int) -> float | None:
         if callable(self.learning_rate):
