@@ -201,3 +201,21 @@ def test_the_benchmark_runs_writes_and_goes_on_from_what_it_kept(
 def test_the_data_are_asked_for_by_name(load, tmp_path):
     with pytest.raises(FileNotFoundError, match="--data takes the folder"):
         load("_posteriors").load(tmp_path)
+
+
+@pytest.mark.parametrize("host", ["numpyro", "pyro"])
+def test_the_first_step_on_a_sparse_gaussian_process_is_the_collapsed_bound(load, host, request):
+    """log N(y | 0, Q + σ² I) − tr(K − Q)/2σ² (Titsias 2009), and the benchmark's own formula says so."""
+    pytest.importorskip("sklearn")
+    request.getfixturevalue(f"{host}_bridge")
+    module = load("gaussian_processes")
+    problem = module.problem("regression", learned=False)
+    _, place = next({"numpyro": module.numpyro_steps, "pyro": module.pyro_steps}[host](problem))
+    values = problem.start
+    solve = lambda factor, right: np.linalg.solve(factor, right)  # noqa: E731
+    a, variance = module.projected(np, solve, *module.distances(problem), values)
+    covariance = a @ a.T + values["noise"] * np.eye(len(problem.y))
+    _, log_determinant = np.linalg.slogdet(2 * np.pi * covariance)
+    collapsed = -(problem.y @ np.linalg.solve(covariance, problem.y) + log_determinant) / 2
+    collapsed -= variance.sum() / (2 * values["noise"])
+    assert_allclose(module.elbo(problem)(place), collapsed, rtol=1e-10)
