@@ -70,11 +70,15 @@ def hessians_at(
         wide, narrow = split.wide, split.narrow(len(loc))
         columns, *rest = at_every_draw(by_forward_mode, identity[narrow])
 
+        evaluate_held = value_and_gradients(split.held, (0,), forward)
+
         def at_draw(draw: Draws) -> Array:
             def gradient(loc):
-                return value_and_gradients(split.held, (0,), forward)(loc, scales, others, draw)[1][0][wide], None
+                _, (g,) = evaluate_held(loc, scales, others, draw)
+                return g[wide], None
 
-            return by_forward_mode(gradient, loc, identity[wide])[0]
+            products, _ = by_forward_mode(gradient, loc, identity[wide])
+            return products
 
         matrices = jnp.zeros((len(columns), *identity.shape), loc.dtype)
         matrices = matrices.at[:, wide[:, None], wide].set(jax.vmap(at_draw)(draws))

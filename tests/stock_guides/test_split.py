@@ -52,10 +52,8 @@ def small(fit) -> set[str]:
 
 
 CASES = {
-    "mean field": (sampled, "AutoNormal", {}),
     "full rank": (sampled, "AutoMultivariateNormal", {}),
-    "low rank": (sampled, "AutoLowRankMultivariateNormal", {}),
-    "rate 1/2": (sampled, "AutoNormal", {"learning_rate": 0.5}),
+    "mean field, rate 1/2": (sampled, "AutoNormal", {"learning_rate": 0.5}),
     "parameters": (learned, "AutoMultivariateNormal", {}),
 }
 
