@@ -480,17 +480,17 @@ class NumPyroFit:
         return self.gaussian_state()
 
     @property
-    def ivon_state(self) -> Any:
+    def optimizer_state(self) -> Any:
         """What the optimizer carries, ready before the first step."""
         return self.state.optim_state[1]
 
     def ivon_arrays(self, field: str) -> dict[str, np.ndarray]:
         """A field of `IVON`'s state, by site."""
-        return numpy_dict(getattr(self.ivon_state.weights, field), np.array)
+        return numpy_dict(getattr(self.optimizer_state.weights, field), np.array)
 
     def ivon_sums(self, site: str) -> tuple[np.ndarray, np.ndarray]:
         """Σ ĝ and Σ ĥ since the last step."""
-        gradients, estimates = self.ivon_state.sums
+        gradients, estimates = self.optimizer_state.sums
         return np.array(gradients[site]), np.array(estimates[site])
 
     def with_ivon_momentum(self, site: str, momentum: np.ndarray) -> NumPyroFit:
@@ -519,6 +519,15 @@ class NumPyroFit:
     @property
     def _params(self) -> dict[str, Any]:
         return self.svi.get_params(self.state)
+
+    def gradients_held_and_not(self, noise: np.ndarray) -> list[np.ndarray]:
+        """∇ℓ at one noise of the loss in which the small latents are constants, and of the loss itself."""
+        state, svi, bridge = self.optimizer_state, self.bridge.module("optim._svi"), self.bridge
+        scales = bridge.module("optim._gaussian").scales_of(state.gaussian.precision, state.layout.blocks, 1.0)
+        draw, fn = bridge.gradients.Draws.at(bridge.array(noise)), svi.loss_of(self.svi, self.args, {})
+        losses = [svi.objective_of(fn, layout, state.params) for layout in (state.layout.holding, state.layout)]
+        at = state.gaussian.loc
+        return [np.asarray(bridge.jax.grad(lambda m, loss=loss: loss(m, scales, {}, draw)[0])(at)) for loss in losses]
 
     def natural_objects(self) -> dict[str, Any]:
         """λ of every site of an AutoExponentialFamily."""
@@ -797,8 +806,8 @@ class PyroFit:
         return self.svi.optim.state.gaussian
 
     @property
-    def ivon_state(self) -> Any:
-        """What `IVON` carries, read off model and guide as at the first step."""
+    def optimizer_state(self) -> Any:
+        """What the optimizer carries, read off model and guide as at the first step."""
         if self.svi.optim.state is None:
             with self.bridge.pyro.poutine.trace(param_only=True) as found:
                 self.svi.loss(self.model, self.guide, *self.args)
@@ -811,18 +820,18 @@ class PyroFit:
 
     def ivon_arrays(self, field: str) -> dict[str, np.ndarray]:
         """A field of `IVON`'s state, by the model's site: AutoNormal draws in sites of its own."""
-        arrays = getattr(self.ivon_state.weights, field)
+        arrays = getattr(self.optimizer_state.weights, field)
         return {name.removesuffix("_unconstrained"): self._copied(value) for name, value in arrays.items()}
 
     def ivon_sums(self, site: str) -> tuple[np.ndarray, np.ndarray]:
         """Σ ĝ and Σ ĥ since the last step."""
         names = (f"{site}_unconstrained", site)
-        sums = self.ivon_state.sums or [(site, *2 * [self.bridge.array(0.0)])]
+        sums = self.optimizer_state.sums or [(site, *2 * [self.bridge.array(0.0)])]
         ((gradients, estimates),) = (pair for name, *pair in sums if name in names)
         return self._copied(gradients), self._copied(estimates)
 
     def with_ivon_momentum(self, site: str, momentum: np.ndarray) -> PyroFit:
-        self.svi.optim.state = self.ivon_state
+        self.svi.optim.state = self.optimizer_state
         state = self.svi.optim.get_state()
         (name,) = (name for name in state["momentum"] if name in (f"{site}_unconstrained", site))
         self.svi.optim.set_state({**state, "momentum": {**state["momentum"], name: self.bridge.array(momentum)}})
@@ -851,6 +860,17 @@ class PyroFit:
 
     def _copied(self, value: Any) -> np.ndarray:
         return self.bridge.to_numpy(value).copy()  # Pyro moves its parameters in place
+
+    def gradients_held_and_not(self, noise: np.ndarray) -> list[np.ndarray]:
+        """∇ℓ at one noise of the loss in which the small latents are constants, and of the loss itself."""
+        state, svi, bridge = self.optimizer_state, self.bridge.module("optim._svi"), self.bridge
+        scales = bridge.module("optim._gaussian").scales_of(state.gaussian.precision, state.layout.blocks, 1.0)
+        draw = bridge.gradients.Draws(None, 1.0, None, noise=bridge.array(noise))
+        layouts = state.layout.holding, state.layout
+        losses = [svi.objective_of(self.svi, self.args, {}, layout, seed=0) for layout in layouts]
+        value_and_gradient = bridge.module("gradients._estimate").value_and_gradient
+        found = [value_and_gradient(loss, state.gaussian.loc, scales, None, draw)[2] for loss in losses]
+        return [self._copied(gradient.detach()) for gradient in found]
 
     def natural_objects(self) -> dict[str, Any]:
         """λ of every site of an AutoExponentialFamily."""

@@ -9,11 +9,12 @@ The gradient in Σ is S − Σ⁻¹, that of the negative ELBO is (E_q[∇²ℓ]
 the one is stationary on the surface where the other is, and the rule ends at an optimum of the guide's family. For
 r = 0 it is the mean-field guide's diag(S)⁻¹, for r ≥ D the full-rank guide's S⁻¹.
 
-It is found by turns, each of which makes KL smaller. With A = diag(a) S diag(a) = U diag(θ) Uᵀ, θ ascending:
+It is found by turns. With A = diag(a) S diag(a) = U diag(θ) Uᵀ, θ ascending:
 
-1. F given a: F = diag(a) U_r diag((1/θ − 1)₊)^½, the r directions that are widest by S.
-2. a given F: a Newton step in log a², in which KL is convex. With P = diag(a) Σ⁻¹ diag(a) = I − U_r diag((1 − θ)₊) U_rᵀ
-   the gradient is g = diag(A − P), and P∘P + diag(g) the second derivative.
+1. F given a, exactly: F = diag(a) U_r diag((1/θ − 1)₊)^½, the r directions that are widest by S.
+2. a given F, one Newton step in log a². With P = diag(a) Σ⁻¹ diag(a) = I − U_r diag((1 − θ)₊) U_rᵀ the gradient of
+   tr(S Σ) − log |Σ| is g = diag(A − P), and P∘P + diag(g) its second derivative, of which P∘P + diag(g₊) is taken:
+   that is positive, and the other need not be, since KL is convex in a² and not in its logarithm.
 
 The next S begins with the shares a² diag(S) of the last, which have no units. A share is at least 10⁻⁶, since F alone
 may be all of a coordinate's Σ, and the host divides by a.

@@ -162,8 +162,8 @@ class BLR(numpyro.optim._NumPyroOptim):
                 f"{', '.join(member.name for member in layout.members)} of other families. Use the default estimator."
             )
         layout, roles = self._roles(svi, args, kwargs, layout, params) if layout.members else (layout, ())
-        layout = halved(layout, svi.guide)
         gaussian, estimator = self._gaussian(svi, args, kwargs, layout, params) if layout.sites else (None, "none")
+        layout = halved(layout, svi.guide) if estimator == "hessian" else layout
         state = OptState(
             params=jax.tree.map(jnp.copy, dict(params)),  # no buffer twice, so that the state can be donated
             gaussian=gaussian,
@@ -384,7 +384,7 @@ class BLR(numpyro.optim._NumPyroOptim):
     def _split(self, fn: Callable, opt_state: OptState) -> Split | None:
         """The loss as a function of the wide coordinates alone, where Hessians cost less by it."""
         layout = opt_state.layout
-        if not layout.wide or opt_state.estimator != "hessian":
+        if not layout.wide:
             return None
         held = tempered(_svi.objective_of(fn, layout.holding, opt_state.params), layout.blocks, self.temperature)
         return Split(held, np.array(layout.wide))

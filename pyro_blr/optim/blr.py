@@ -188,8 +188,8 @@ class BLR(pyro.optim.PyroOptim):
                 f"{', '.join(member.name for member in layout.members)} of other families. Use the default estimator."
             )
         layout, roles = self._roles(svi, args, kwargs, layout) if layout.members else (layout, ())
-        layout = halved(layout, svi.guide)
         gaussian, estimator = self._gaussian(svi, args, kwargs, layout) if layout.sites else (None, "none")
+        layout = halved(layout, svi.guide) if estimator == "hessian" else layout
         state = OptState(
             count=0,
             gaussian=gaussian,
@@ -401,7 +401,7 @@ class BLR(pyro.optim.PyroOptim):
             )
 
         objective, split = temper(_svi.objective_of(svi, args, kwargs, layout, seed)), None
-        if layout.wide and state.estimator == "hessian" and not state.differences:
+        if layout.wide:
             split = Split(temper(_svi.objective_of(svi, args, kwargs, layout.holding, seed)), layout.wide)
         if state.estimator == "secant":
             objective = _svi.Mapped(objective, temper(_svi.traceable_objective_of(svi, args, kwargs, layout, seed)))

@@ -239,7 +239,7 @@ def test_accumulated_updates_are_one_step_on_their_average(backend):
             settings = reference_settings(network.priors[name], num_data, **HOST_OPTIONS)
             slope, estimate = np.mean([pair[0] for pair in pairs], 0), np.mean([pair[1] for pair in pairs], 0)
             weights[name] = reference.factored_ivon(weights[name], slope, estimate, 0.1, settings)
-    state = fit.ivon_state
+    state = fit.optimizer_state
     assert (int(state.weights.count), int(state.updates)) == (2, 6)
     for name, expected in weights.items():
         for field in ("loc", "momentum", "hessian"):  # rounding, through a network
@@ -284,7 +284,7 @@ def test_gradient_and_curvature_are_unbiased(backend, preconditioner, num_partic
         beta2=0.9,
     )
     fit.run(num_updates)
-    assert int(fit.ivon_state.weights.count) == 1, "ḡ is there"
+    assert int(fit.optimizer_state.weights.count) == 1, "ḡ is there"
     loc, hessian = fit.ivon_arrays("loc")["z"], fit.ivon_arrays("hessian")["z"]
     gradients, estimates = statistics_of_updates(fit, num_updates - 1)
     covariance = np.diag(1 / (8 * hessian + 1))
@@ -564,7 +564,7 @@ NUM_DATA = {
 @pytest.mark.parametrize(("make_fn", "num_data"), NUM_DATA.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_the_number_of_data_is_the_models(backend, make_fn, num_data):
     fit = backend.start(observed(make_fn), MEAN_FIELD.make, (), rule="IVON")
-    assert fit.ivon_state.settings.num_data == num_data
+    assert fit.optimizer_state.settings.num_data == num_data
 
 
 def several_priors(host):
@@ -587,7 +587,7 @@ def several_priors(host):
 
 def test_the_prior_is_the_models_where_it_is_a_normal_with_constant_parameters(backend):
     """m₀ and N δ = 1/s₀²; δ = 0 where the prior depends on another site, is masked, or is no Normal."""
-    state = backend.start(several_priors, MEAN_FIELD.make, (), rule="IVON").ivon_state
+    state = backend.start(several_priors, MEAN_FIELD.make, (), rule="IVON").optimizer_state
     priors = {name.removesuffix("_unconstrained"): prior for name, prior in state.priors.items()}
     for name, loc, precision in (("a", 0.5, 1 / 4), ("c", [0, 1], [1, 1 / 9]), ("g", np.zeros((2, 2)), 16.0)):
         assert_allclose(backend.to_numpy(priors[name].loc), loc, rtol=0, atol=0)
@@ -717,11 +717,11 @@ def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(backend):
     for field in fields:
         assert_array_equal(fit.ivon_arrays(field)["z"], before[field]["z"])
     assert all(np.array_equal(after[name], value) for name, value in params.items())
-    state = fit.ivon_state
+    state = fit.optimizer_state
     assert (int(state.weights.count), int(state.skipped)) == (3, 1)
     fit.args = safe
     fit.run(1)
-    state = fit.ivon_state
+    state = fit.optimizer_state
     assert (int(state.weights.count), int(state.skipped)) == (4, 1)
     assert np.isfinite(fit.ivon_arrays("loc")["z"]) and fit.ivon_arrays("loc")["z"] != before["loc"]["z"]
     assert_array_equal(fit.ivon_arrays("hessian")["z"], before["hessian"]["z"], "a new pair, whose first has no ĥ")

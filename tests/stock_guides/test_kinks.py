@@ -177,7 +177,7 @@ def counts_model(host):
 def test_sites_tell_of_kinks(backend, make, estimator):
     x, y = data()
     fit = backend.start(make, cases.MEAN_FIELD.make, (x, abs(np.round(y)))).run(1)
-    assert fit.ivon_state.estimator == estimator
+    assert fit.optimizer_state.estimator == estimator
 
 
 def test_fit_tells_of_kinks_that_no_site_tells_of(backend):
