@@ -206,28 +206,33 @@ class Survey(NamedTuple):
         fixed: whether it is −log p(D, z) + log q(z) of a fixed ℓ at a draw: one particle, all data, no analytic KL, and
             no state of the host's that a step is to change. Then the draws of earlier steps serve later ones.
         kinked: whether a site is known to have a log density with kinks.
+        minibatch: whether a plate is subsampled.
     """
 
     fixed: bool
     kinked: bool
+    minibatch: bool
 
 
 def survey(svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]) -> Survey:
     one_density = type(svi.loss) in (Trace_ELBO, TraceEnum_ELBO) and svi.loss.num_particles == 1
     drawn = all(block.learned for block in layout.blocks)
     alone = not (layout.members or layout.others)
-    kinks, varying = Kinks(), []
+    kinks, subsampled, mutable = Kinks(), [], []
 
     def evaluate(params: Mapping[str, Any]) -> Array | None:
         loc, scales = gather(layout, params)
         redraw = Redraw(layout, None)
         with redraw, kinks:
             loss_of(svi, args, kwargs)({**params, **scatter(layout, loc, scales, params)})
-        varying.append(redraw.minibatch or redraw.mutable)
+        subsampled.append(redraw.minibatch)
+        mutable.append(redraw.mutable)
         return redraw.weight(loc)
 
     weight = jax.eval_shape(evaluate, dict(params))
-    return Survey(one_density and drawn and alone and weight is None and not any(varying), kinks.found)
+    minibatch = any(subsampled)
+    fixed = one_density and drawn and alone and weight is None and not (minibatch or any(mutable))
+    return Survey(fixed, kinks.found, minibatch)
 
 
 class Kinks(Messenger):

@@ -51,6 +51,7 @@ from ._recognition import halved, recognise
 __all__ = ["BLR", "OptState", "State", "init", "scales_of", "step", "tempered"]
 
 MAX_DENSE_DIMENSION = 256
+NUM_DRAWS, NUM_DRAWS_ON_BATCHES = 8, 4
 UNLEARNED_SCALE = 0.1
 GAUSSIANS = (NormalNatural, MultivariateNormalNatural)
 # what becomes of a step's key for them, far from the numbers of its draws
@@ -70,6 +71,7 @@ class OptState:
         layout: which parameter is which coordinate of the Gaussian, or of a member.
         roles: how each member takes part, in the order of a sweep.
         estimator: of E_q[∇²ℓ], the one that is taken for `"auto"`.
+        num_draws: a step, or the most.
     """
 
     params: dict[str, Any]
@@ -79,6 +81,7 @@ class OptState:
     layout: Layout
     roles: tuple[_sweep.Role, ...] = field(metadata={"static": True})
     estimator: str = field(metadata={"static": True})
+    num_draws: int = field(metadata={"static": True})
 
     @property
     def skipped(self) -> Array:
@@ -114,7 +117,8 @@ class BLR(numpyro.optim._NumPyroOptim):
             `"auto"` where a site is a Laplace distribution or made of one. `"gradient"`: the stock gradient alone, at
             the host's own draws; noisy, so it needs a `learning_rate`.
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
-            most: a step begins with one pair. Not used by `estimator="gradient"`.
+            most: a step begins with one pair. None is 8, or 4 where a plate is subsampled, since all draws of a step
+            share the noise of its minibatch. Not used by `estimator="gradient"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q). 1 is Bayes.
         others: optimizer of the parameters that belong to no recognised site, a `numpyro.optim` or optax optimizer.
             They get their gradient from the same backward passes. None: with up to 256 coordinates in all, and no
@@ -137,13 +141,13 @@ class BLR(numpyro.optim._NumPyroOptim):
         learning_rate: float | Callable[[Array], Array] | None = None,
         *,
         estimator: str = "auto",
-        num_draws: int = 8,
+        num_draws: int | None = None,
         temperature: float = 1.0,
         others: Any = None,
     ) -> None:
         self.learning_rate = _options.checked_rate(learning_rate, estimator)
         self.estimator = _options.checked_estimator(estimator)
-        self.num_draws = _options.checked_num_draws(num_draws)
+        self.num_draws = None if num_draws is None else _options.checked_num_draws(num_draws)
         self.temperature = _options.checked_temperature(temperature)
         self.others = _svi.host_optimizer(others)
         alone = others is None and learning_rate is None and estimator in ("auto", "hessian")
@@ -162,7 +166,9 @@ class BLR(numpyro.optim._NumPyroOptim):
                 f"{', '.join(member.name for member in layout.members)} of other families. Use the default estimator."
             )
         layout, roles = self._roles(svi, args, kwargs, layout, params) if layout.members else (layout, ())
-        gaussian, estimator = self._gaussian(svi, args, kwargs, layout, params) if layout.sites else (None, "none")
+        gaussian, estimator, num_draws = None, "none", self.num_draws or NUM_DRAWS
+        if layout.sites:
+            gaussian, estimator, num_draws = self._gaussian(svi, args, kwargs, layout, params)
         layout = halved(layout, svi.guide) if estimator == "hessian" else layout
         state = OptState(
             params=jax.tree.map(jnp.copy, dict(params)),  # no buffer twice, so that the state can be donated
@@ -172,13 +178,14 @@ class BLR(numpyro.optim._NumPyroOptim):
             layout=layout,
             roles=roles,
             estimator=estimator,
+            num_draws=num_draws,
         )
         return jnp.zeros((), int), state
 
     def _gaussian(
         self, svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]
-    ) -> tuple[State, str]:
-        """The state for the sites, and the estimator of their curvature."""
+    ) -> tuple[State, str, int]:
+        """The state for the sites, the estimator of their curvature, and the draws of a step."""
         structures = {block.structure for block in layout.blocks}
         low_rank, full = "low rank" in structures, not structures.isdisjoint({"dense", "low rank"})
         if full and self.estimator == "hutchinson":
@@ -199,6 +206,7 @@ class BLR(numpyro.optim._NumPyroOptim):
         recycles = dense and self.learning_rate is None and survey.fixed
         if estimator == "auto":
             estimator = "secant" if survey.kinked else "hessian" if dense else "hutchinson"
+        num_draws = self.num_draws or (NUM_DRAWS_ON_BATCHES if survey.minibatch else NUM_DRAWS)
 
         @jax.jit  # one compilation and not one an operation
         def start(params: dict[str, Any]) -> State:
@@ -207,9 +215,9 @@ class BLR(numpyro.optim._NumPyroOptim):
             start = loc
             if self.learning_rate is None:
                 start = jnp.where(layout.bare, loc, beside(loc, precision, layout.blocks))
-            return init(start, precision, _recycled.init(loc, scales, self.num_draws // 2) if recycles else None)
+            return init(start, precision, _recycled.init(loc, scales, num_draws // 2) if recycles else None)
 
-        return start(dict(params)), estimator
+        return start(dict(params)), estimator, num_draws
 
     def _roles(
         self, svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[str, Any]
@@ -271,7 +279,7 @@ class BLR(numpyro.optim._NumPyroOptim):
         if gaussian is not None and gaussian.recycling is not None:
             objective = tempered(_svi.objective_of(fn, layout, params), layout.blocks, self.temperature)
             normals = partial(_svi.joint_noise, _svi.key_of(fn, layout, params), like=gaussian.loc)
-            gaussian, noise = _recycled.drawn(gaussian, normals, self.num_draws // 2)
+            gaussian, noise = _recycled.drawn(gaussian, normals, opt_state.num_draws // 2)
             secants = opt_state.estimator == "secant"
             gaussian, average, moved = _recycled.step(
                 gaussian,
@@ -361,13 +369,13 @@ class BLR(numpyro.optim._NumPyroOptim):
         gaussian = opt_state.gaussian
         if gaussian is None and all(role.kind != "drawn" for role in opt_state.roles):
             return Draws(number=jnp.zeros(1, int), sign=jnp.ones(1), probes=None)  # the sweep's expectations are exact
-        num_pairs = self.num_draws // 2
+        num_pairs = opt_state.num_draws // 2
         number = jnp.tile(jnp.arange(num_pairs), 2)
         sign = jnp.repeat(jnp.array([1.0, -1.0], float if gaussian is None else gaussian.loc.dtype), num_pairs)
         probes = None
         if gaussian is not None and isinstance(gaussian.precision, DiagonalPrecision):
             key = jax.random.fold_in(_svi.key_of(fn, opt_state.layout, opt_state.params), PROBES)
-            signs = jax.random.rademacher(key, (self.num_draws, *gaussian.loc.shape), gaussian.loc.dtype)
+            signs = jax.random.rademacher(key, (opt_state.num_draws, *gaussian.loc.shape), gaussian.loc.dtype)
             probes = parted(signs, opt_state.layout.blocks)
         draws = Draws(number=number, sign=sign, probes=probes)
         if gaussian is not None and opt_state.estimator == "secant":
@@ -379,7 +387,7 @@ class BLR(numpyro.optim._NumPyroOptim):
         """Of as many pairs as a step may draw."""
         assert opt_state.gaussian is not None  # there are curvatures to estimate
         key = jax.random.fold_in(_svi.key_of(fn, opt_state.layout, opt_state.params), CHORDS)
-        return chords(key, self.num_draws // 2, num_directions, like=opt_state.gaussian.loc)
+        return chords(key, opt_state.num_draws // 2, num_directions, like=opt_state.gaussian.loc)
 
     def _split(self, fn: Callable, opt_state: OptState) -> Split | None:
         """The loss as a function of the wide coordinates alone, where Hessians cost less by it."""

@@ -303,10 +303,12 @@ class Survey(NamedTuple):
         fixed: whether it is −log p(D, z) + log q(z) of a fixed ℓ at a draw: one particle, all data, no analytic KL.
             Then the draws of earlier steps serve later ones.
         kinked: whether a site is known to have a log density with kinks.
+        minibatch: whether a plate is subsampled.
     """
 
     fixed: bool
     kinked: bool
+    minibatch: bool
 
 
 def survey(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> Survey:
@@ -319,7 +321,8 @@ def survey(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> Survey:
     with torch.enable_grad(), Kinks() as kinks:
         objective = objective_of(svi, args, kwargs, layout, seed=0)
         extras = objective(location, scales, None, Draws(0, 1.0, None))[1]
-    return Survey(one_density and drawn and alone and extras.weight is None and not extras.minibatch, kinks.found)
+    minibatch = bool(extras.minibatch)
+    return Survey(one_density and drawn and alone and extras.weight is None and not minibatch, kinks.found, minibatch)
 
 
 class Kinks(Messenger):

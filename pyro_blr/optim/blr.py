@@ -58,6 +58,7 @@ from ._traced import Traced, Tracer
 __all__ = ["BLR", "OptState", "State", "init", "scales_of", "step", "tempered"]
 
 MAX_DENSE_DIMENSION = 256
+NUM_DRAWS, NUM_DRAWS_ON_BATCHES = 8, 4
 UNLEARNED_SCALE = 0.1
 GAUSSIANS = (NormalNatural, MultivariateNormalNatural)
 
@@ -75,6 +76,7 @@ class OptState:
         seed: of all draws, from the host's random state at the first step: how much of that the host's own evaluation
             of the loss takes from step to step makes no difference to them.
         estimator: of E_q[∇²ℓ], the one that is taken for `"auto"`.
+        num_draws: a step, or the most.
         differences: whether second derivatives are differences of gradients, because the model has none.
     """
 
@@ -85,6 +87,7 @@ class OptState:
     roles: tuple[_sweep.Role, ...]
     seed: int
     estimator: str
+    num_draws: int
     differences: bool = False
 
     @property
@@ -124,7 +127,8 @@ class BLR(pyro.optim.PyroOptim):
             `"auto"` where a site is a Laplace distribution or made of one. `"gradient"`: the stock gradient alone, at
             the host's own draws; noisy, so it needs a `learning_rate`.
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
-            most: a step begins with one pair. Not used by `estimator="gradient"`.
+            most: a step begins with one pair. None is 8, or 4 where a plate is subsampled, since all draws of a step
+            share the noise of its minibatch. Not used by `estimator="gradient"`.
         temperature: τ > 0 of E_q[ℓ] − τ H(q). 1 is Bayes.
         others: optimizer of the parameters that belong to no recognised site, a `pyro.optim.PyroOptim`. They get their
             gradient from the host's own backward pass. None: with up to 256 coordinates in all, and no `learning_rate`,
@@ -149,14 +153,14 @@ class BLR(pyro.optim.PyroOptim):
         learning_rate: float | Callable[[int], float] | None = None,
         *,
         estimator: str = "auto",
-        num_draws: int = 8,
+        num_draws: int | None = None,
         temperature: float = 1.0,
         others: Any = None,
     ) -> None:
         # `PyroOptim.__init__` makes one torch optimizer a tensor, which would part a location from its scale
         self.learning_rate = _options.checked_rate(learning_rate, estimator)
         self.estimator = _options.checked_estimator(estimator)
-        self.num_draws = _options.checked_num_draws(num_draws)
+        self.num_draws = None if num_draws is None else _options.checked_num_draws(num_draws)
         self.temperature = _options.checked_temperature(temperature)
         self.others = _svi.host_optimizer(others)
         alone = others is None and learning_rate is None and estimator in ("auto", "hessian")
@@ -188,7 +192,9 @@ class BLR(pyro.optim.PyroOptim):
                 f"{', '.join(member.name for member in layout.members)} of other families. Use the default estimator."
             )
         layout, roles = self._roles(svi, args, kwargs, layout) if layout.members else (layout, ())
-        gaussian, estimator = self._gaussian(svi, args, kwargs, layout) if layout.sites else (None, "none")
+        gaussian, estimator, num_draws = None, "none", self.num_draws or NUM_DRAWS
+        if layout.sites:
+            gaussian, estimator, num_draws = self._gaussian(svi, args, kwargs, layout)
         layout = halved(layout, svi.guide) if estimator == "hessian" else layout
         state = OptState(
             count=0,
@@ -198,12 +204,13 @@ class BLR(pyro.optim.PyroOptim):
             roles=roles,
             seed=self._loaded["seed"] if self._loaded else int(torch.randint(2**62, ())),
             estimator=estimator,
+            num_draws=num_draws,
         )
         state = replace(state, differences=self._needs_differences(svi, args, kwargs, state))
         return self._resumed(state) if self._loaded else state
 
-    def _gaussian(self, svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> tuple[State, str]:
-        """The state for the sites, and the estimator of their curvature."""
+    def _gaussian(self, svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> tuple[State, str, int]:
+        """The state for the sites, the estimator of their curvature, and the draws of a step."""
         structures = {block.structure for block in layout.blocks}
         low_rank, full = "low rank" in structures, not structures.isdisjoint({"dense", "low rank"})
         if full and self.estimator == "hutchinson":
@@ -226,13 +233,14 @@ class BLR(pyro.optim.PyroOptim):
         recycles = dense and self.learning_rate is None and survey.fixed
         if estimator == "auto":
             estimator = "secant" if survey.kinked else "hessian" if dense else "hutchinson"
+        num_draws = self.num_draws or (NUM_DRAWS_ON_BATCHES if survey.minibatch else NUM_DRAWS)
         start = loc
         if self.learning_rate is None:
             bare = torch.as_tensor(layout.bare, device=loc.device)
             start = torch.where(bare, loc, beside(loc, precision, layout.blocks))
         _, factors = factored(layout.blocks, scales)
-        recycling = _recycled.init(loc, factors, self.num_draws // 2) if recycles else None
-        return init(start, precision, recycling), estimator
+        recycling = _recycled.init(loc, factors, num_draws // 2) if recycles else None
+        return init(start, precision, recycling), estimator, num_draws
 
     def _needs_differences(self, svi: SVI, args: tuple, kwargs: dict, state: OptState) -> bool:
         if state.gaussian is None or state.layout.members or state.estimator in ("secant", "gradient"):
@@ -338,7 +346,7 @@ class BLR(pyro.optim.PyroOptim):
             members, naturals, draws, loss = self._sweep(plain, state, draws, seed)
         if gaussian is not None and gaussian.recycling is not None:
             normals = partial(_svi.joint_noise, seed, like=gaussian.loc)
-            gaussian, noise = _recycled.drawn(gaussian, normals, self.num_draws // 2)
+            gaussian, noise = _recycled.drawn(gaussian, normals, state.num_draws // 2)
             digest = self._fingerprint.of(args, kwargs)
             gaussian, average, moved = _recycled.step(
                 gaussian,
@@ -540,13 +548,13 @@ class BLR(pyro.optim.PyroOptim):
         if gaussian is None and all(role.kind != "drawn" for role in state.roles):
             return Draws(number=[0], sign=[1.0], probes=None)  # the sweep's expectations are exact
         recycling = None if gaussian is None else gaussian.recycling
-        num_pairs = self.num_draws // 2 if recycling is None else recycling.num_pairs
+        num_pairs = state.num_draws // 2 if recycling is None else recycling.num_pairs
         draws = Draws(number=2 * list(range(num_pairs)), sign=[1.0] * num_pairs + [-1.0] * num_pairs, probes=None)
         if gaussian is not None and isinstance(gaussian.precision, DiagonalPrecision):
             # a generator of their own, beside those of the draws: the host's random state does not depend on them
             loc = gaussian.loc
-            generator = torch.Generator(loc.device).manual_seed(seed + 1 + self.num_draws)
-            signs = torch.randint(2, (self.num_draws, len(loc)), generator=generator, device=loc.device)
+            generator = torch.Generator(loc.device).manual_seed(seed + 1 + state.num_draws)
+            signs = torch.randint(2, (state.num_draws, len(loc)), generator=generator, device=loc.device)
             draws = draws._replace(probes=parted(signs.to(loc.dtype) * 2 - 1, state.layout.blocks))
         if gaussian is not None and state.estimator == "secant":
             num_directions = len(gaussian.loc) if draws.probes is None else draws.probes.shape[1]
@@ -558,8 +566,8 @@ class BLR(pyro.optim.PyroOptim):
         """Of as many pairs as a step may draw."""
         assert state.gaussian is not None  # there are curvatures to estimate
         loc = state.gaussian.loc
-        generator = torch.Generator(loc.device).manual_seed(seed + 2 + self.num_draws)
-        return chords(generator, self.num_draws // 2, num_directions, like=loc)
+        generator = torch.Generator(loc.device).manual_seed(seed + 2 + state.num_draws)
+        return chords(generator, state.num_draws // 2, num_directions, like=loc)
 
     def _estimator(self, state: OptState, split: Split | None) -> Callable[..., Estimate]:
         if state.estimator == "gradient":

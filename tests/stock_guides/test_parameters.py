@@ -429,6 +429,31 @@ def test_a_global_latent_beside_local_ones(backend):
     assert_allclose(np.append(center_scale, row_scales), best, rtol=1e-5)
 
 
+def all_rows_model(host):
+    def model(y):
+        center = host.sample("a_center", host.dist.Normal(0.0, 1.0))
+        with host.plate("rows", 6):
+            z = host.sample("z", host.dist.Normal(center, 1.0))
+            host.sample("y", host.dist.Normal(z, 0.5), obs=y)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "options", "expected"),
+    [
+        (global_and_local_model, auto_normal, {}, 4),
+        (global_and_local_model, auto_normal, {"num_draws": 6}, 6),
+        (all_rows_model, lambda host, model: host.autoguide.AutoNormal(model), {}, 8),
+    ],
+    ids=["minibatch", "minibatch, given", "all data"],
+)
+def test_a_step_on_a_minibatch_takes_half_the_draws(backend, model, guide, options, expected):
+    """More would say more of its own noise, and not of that which the draws share; a Hessian and a gradient a draw."""
+    fit = backend.start(model, guide, (ROWS,), learning_rate=0.3, **options).run(1)
+    assert fit.optimizer_state.gradient_evaluations == expected * (7 + 1)
+
+
 def test_rows_outside_the_batch_stay_beside_a_global_latent(backend):
     """As `completed` promises: a row that the batch does not cover keeps its mean and its scale."""
     fit = backend.start(global_and_local_model, auto_normal, (ROWS,), learning_rate=0.3).run(12)
