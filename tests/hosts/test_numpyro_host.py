@@ -23,7 +23,12 @@ jax = pytest.importorskip("jax")
 numpyro = pytest.importorskip("numpyro")
 jnp, dist = jax.numpy, numpyro.distributions
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO  # noqa: E402
-from numpyro.infer.autoguide import AutoBNAFNormal, AutoMultivariateNormal, AutoNormal  # noqa: E402
+from numpyro.infer.autoguide import (  # noqa: E402
+    AutoBatchedMultivariateNormal,
+    AutoBNAFNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 from numpyro.infer.initialization import init_to_value  # noqa: E402
 
 from numpyro_blr import BLR, AutoExponentialFamily  # noqa: E402
@@ -524,6 +529,24 @@ def test_an_eager_update_is_a_compiled_one():
     svi = SVI(conjugate, scalar_guide, BLR(0.3, estimator="gradient"), Trace_ELBO())
     start = svi.init(jax.random.key(0))
     check_same(svi.update(start), jax.jit(svi.update)(start), rtol=1e-12)
+
+
+def test_one_step_is_exact_for_a_guide_of_one_covariance_a_group(random):
+    """AutoBatchedMultivariateNormal, of groups that know nothing of each other."""
+    x, y, spread = random.normal(size=(3, 8, 2)), random.normal(size=(3, 8)), 0.5
+
+    def groups():
+        with numpyro.plate("groups", 3):
+            weights = numpyro.sample("weights", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+            numpyro.sample("y", dist.Normal(jnp.einsum("gnp,gp->gn", x, weights), spread).to_event(1), obs=y)
+
+    svi = make_svi(groups, partial(AutoBatchedMultivariateNormal, batch_ndim=1), learning_rate=None)
+    params = svi.run(jax.random.key(0), 1, progress_bar=False).params
+    for group, (loc, factor) in enumerate(zip(params["auto_loc"], params["auto_scale_tril"], strict=True)):
+        rows, targets = np.vstack([x[group], np.eye(2)]), np.append(y[group], np.zeros(2))
+        mean, covariance = reference.linear_gaussian(rows, targets, np.repeat([spread, 1.0], [8, 2]))
+        assert_allclose(loc, mean, rtol=1e-10)
+        assert_allclose(factor @ factor.T, covariance, rtol=1e-10)
 
 
 def test_one_step_is_exact_where_the_host_sums_out_a_discrete_latent():
