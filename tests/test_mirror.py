@@ -90,7 +90,7 @@ DIFFERENCES = {
         "__all__", "all_finite", "field_of", "losses_at", "select",
     },
     "optim/_recycled.py": {"_Search"},  # a loop of one program in JAX looks at the start as at a proposal
-    "optim/_rate.py": {"not_worse"},  # JAX says which pairs of an array of a fixed size are there
+    "optim/_rate.py": {"not_worse", "paired_difference"},  # JAX says which pairs of an array of a fixed size are there
     "optim/_ivon.py": {
         # tensors are written in place, and a part of a network is several of them
         "__all__", "Prior.known", "State", "as_tensor", "at_most", "average", "debias", "divergence_of_loc",

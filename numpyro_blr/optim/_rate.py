@@ -42,6 +42,7 @@ __all__ = [
     "next_rate",
     "not_worse",
     "opposed",
+    "paired_difference",
     "residual_and_error",
     "search",
     "squared_norm",
@@ -182,16 +183,22 @@ def not_worse(before: Array, after: Array, most: Array, taken: Array) -> Array:
         most: that the standard error counts for.
         taken: [K], which of the pairs are there.
     """
+    change, error = paired_difference(before, after, taken)
+    sizes = jnp.where(taken, jnp.abs(before).mean(1), 0)
+    rounding = 64 * jnp.finfo(before.dtype).eps * sizes.sum() / taken.sum().astype(before.dtype)
+    finite = jnp.where(taken, jnp.isfinite(after).all(1), True).all()
+    return finite & (change <= jnp.minimum(error, most) + rounding)
+
+
+def paired_difference(before: Array, after: Array, taken: Array) -> tuple[Array, Array]:
+    """The mean of after − before, [K, 2], over the pairs [K] that are `taken`, and its standard error: 0 of one."""
     num_pairs = taken.sum().astype(before.dtype)
 
     def mean(values: Array) -> Array:
         return jnp.where(taken, values, 0).sum() / num_pairs
 
     change = (after - before).mean(1)
-    error = (mean((change - mean(change)) ** 2) / jnp.maximum(num_pairs - 1, 1)) ** 0.5
-    rounding = 64 * jnp.finfo(before.dtype).eps * mean(jnp.abs(before).mean(1))
-    finite = jnp.where(taken, jnp.isfinite(after).all(1), True).all()
-    return finite & (mean(change) <= jnp.minimum(error, most) + rounding)
+    return mean(change), (mean((change - mean(change)) ** 2) / jnp.maximum(num_pairs - 1, 1)) ** 0.5
 
 
 def _by_pair(losses: Array) -> Array:

@@ -4,6 +4,8 @@ One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.p
 arguments are not those of the last step: the draws are of another ℓ, and as between minibatches a step that takes back
 what the last one did is noise.
 
+0. Once sixteen pairs are there, begin further along the drift of the last steps, if there is one and the draws of this
+   step are for it (`_drift.py`): where the pool is of use to short steps alone, 3 does not get along.
 1. Draw a few antithetic pairs, with their Hessians, into the pool, each at right angles to the ones before it
    (`gradients/orthogonal.py`; V does not know it, and is a bound): at first one pair a step; twice as many, up to
    `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take, or
@@ -46,7 +48,7 @@ from jax import Array, lax
 
 from ..families import Block, DensePrecision
 from ..gradients import Chords, Draws, Objective, Split, hessians_at, orthogonal, recycled, secants_at
-from . import _rate
+from . import _drift, _rate
 from ._gaussian import State, all_finite, scales_of, select, skipped
 
 __all__ = ["Recycling", "drawn", "init", "step"]
@@ -71,6 +73,7 @@ class Recycling:
         num_pairs: that the next step draws.
         digest: of the model's arguments at the draws.
         taken: whether the last step took anything.
+        drift: of the last steps (`_drift.py`).
     """
 
     pool: recycled.Pool
@@ -78,6 +81,7 @@ class Recycling:
     num_pairs: Array
     digest: Array
     taken: Array
+    drift: _drift.Drift
 
 
 def init(loc: Array, scales: tuple[Any, ...], max_pairs: int) -> Recycling:
@@ -90,6 +94,7 @@ def init(loc: Array, scales: tuple[Any, ...], max_pairs: int) -> Recycling:
         num_pairs=jnp.ones((), jnp.int32),
         digest=jnp.zeros((), jnp.uint32),
         taken=jnp.zeros((), bool),
+        drift=_drift.init(loc),
     )
 
 
@@ -195,15 +200,16 @@ def step(
     changed = digest != state.recycling.digest
     recycling = replace(state.recycling, pool=recycled.emptied(state.recycling.pool, changed), digest=digest)
     state = replace(state, recycling=recycling)
-    assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
     max_pairs, dtype = len(noise), state.loc.dtype
+    fresh = jnp.arange(max_pairs, dtype=jnp.int32) < recycling.num_pairs
+    before, (state, went_on, extra_losses) = state, _drifted(state, objective, blocks, noise, fresh)
+    assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
     curvatures_at = partial(hessians_at, split=split, forward=forward)
     if chords is not None:
         curvatures_at = partial(secants_at, forward=forward)
     num_drawn, pool, losses, usable, evaluations = _fresh(
         state, objective, blocks, noise, chords, temperature, curvatures_at
     )
-    fresh = jnp.arange(max_pairs, dtype=jnp.int32) < recycling.num_pairs
 
     def noisy_steps_of(start: _Place) -> Array:
         opposed = _rate.opposed(start.gradient, start.precision, state.rate.last_gradient)
@@ -237,7 +243,8 @@ def step(
         def judged() -> tuple[Array, Array, Array, Array]:
             first = far & (number == 0)
             close = select(far, scales_of(here.precision, blocks, jnp.asarray(NARROWEST, dtype)), scales)
-            after, at_start = _losses(objective, (loc, here.loc), first, close, noise, recycling.num_pairs)
+            places = (loc, close), (here.loc, close)
+            after, at_start = _losses(objective, places, first, noise, recycling.num_pairs)
             now = jnp.where(jnp.isfinite(after).all(), after.sum(), jnp.inf)
             before, by_rule = jnp.where(first, at_start.sum(), search.before), jnp.where(first, now, search.by_rule)
             lower = ~first & (now < before)
@@ -297,9 +304,12 @@ def step(
     rate = _rate.next_rate(end.rate, end.first_rate, end.taken, tries, jnp.where(far, jnp.inf, 1))
     rates = state.rate.after(rate, end.rate, noisy_steps_of(start), start.gradient, end.taken)
     radius = jnp.where(far, jnp.maximum(NARROWER * state.radius, NARROWEST), jnp.minimum(1, 2 * state.radius))
-    evaluations += num_draws * num_losses.astype(dtype)
+    evaluations += num_draws * num_losses.astype(dtype) + extra_losses
     taken = jnp.where(usable, end.taken, recycling.taken)
-    recycling = replace(recycling, pool=pool, num_pairs=num_pairs, taken=taken)
+    moves = end.here.loc - state.loc, end.here.precision.matrix - state.precision.matrix
+    begun = usable & (pool.count >= BEGUN) & ~start.far & ~changed
+    drift = select(begun, _drift.averaged(state.recycling.drift, *moves), _drift.init(state.loc))
+    recycling = replace(recycling, pool=pool, num_pairs=num_pairs, taken=taken, drift=drift)
     tried = replace(state, recycling=recycling, evaluations=state.evaluations + evaluations)
     after = replace(  # where nothing was taken, `end.here` is the start
         tried,
@@ -310,8 +320,34 @@ def step(
         residual=start.residual,
         error=start.error,
     )
-    after = select(usable, after, skipped(tried))
-    return after, jnp.where(fresh[:, None], losses, 0).sum() / num_draws, end.taken
+    after = select(usable, after, skipped(replace(tried, loc=before.loc, precision=before.precision)))
+    return after, jnp.where(fresh[:, None], losses, 0).sum() / num_draws, usable & (went_on | end.taken)
+
+
+def _drifted(
+    state: State, objective: Objective, blocks: tuple[Block, ...], noise: Array, fresh: Array
+) -> tuple[State, Array, Array]:
+    """The state on along the drift, if the fresh draws are for it, and with the next κ; whether, and losses it took."""
+    recycling, loc, precision, one = state.recycling, state.loc, state.precision, jnp.ones((), state.loc.dtype)
+    drift, num_pairs, start = recycling.drift, recycling.num_pairs, (loc, precision)
+    assert isinstance(precision, DensePrecision)
+
+    def asked() -> tuple[Any, ...]:
+        there = _drift.proposal(drift, loc, precision)
+        places = tuple((loc, scales_of(precision, blocks, one)) for loc, precision in (start, there))
+        losses = _losses(objective, places, jnp.ones((), bool), noise, num_pairs)
+        lower, judged = _drift.judged(drift, *_rate.paired_difference(losses[0], losses[1], fresh))
+        lower &= all_finite(there)
+        return *select(lower, there, start), judged, lower, 4 * num_pairs.astype(one.dtype)
+
+    def not_asked() -> tuple[Any, ...]:
+        return *start, drift, jnp.zeros((), bool), jnp.zeros_like(one)
+
+    begun = (recycling.pool.count >= BEGUN) & (num_pairs > 1) & (state.radius == 1)  # one pair knows no error
+    asks = begun & _drift.is_there(drift, precision, state.error)
+    after_loc, after_precision, judged, went_on, extra_losses = lax.cond(asks, asked, not_asked)
+    recycling = replace(recycling, drift=judged)
+    return replace(state, loc=after_loc, precision=after_precision, recycling=recycling), went_on, extra_losses
 
 
 def _fresh(
@@ -366,22 +402,22 @@ def _fresh(
 
 def _losses(
     objective: Objective,
-    locs: tuple[Array, Array],
+    places: tuple[tuple[Array, tuple[Any, ...]], ...],
     both: Array,
-    scales: tuple[Any, ...],
     noise: Array,
     num_pairs: Array,
 ) -> Array:
-    """L at this step's draws around the first mean, or around both, [2, K, 2]; compiled but once."""
-    means = jnp.stack(locs)
+    """L at this step's draws of the first place, a mean and scales, or of both, [2, K, 2]; compiled but once."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *places)
 
     def at_pair(count: Array, losses: Array) -> Array:
         place, number = count // num_pairs, count % num_pairs
+        loc, scales = jax.tree.map(lambda leaf: leaf[place], stacked)
         draws = Draws.at(_pair(noise[number]))
-        pair = jax.vmap(lambda draw: objective(means[place], scales, {}, draw)[0])(draws)
+        pair = jax.vmap(lambda draw: objective(loc, scales, {}, draw)[0])(draws)
         return losses.at[place, number].set(pair)
 
-    nothing = jnp.zeros((2, len(noise), 2), means.dtype)
+    nothing = jnp.zeros((2, len(noise), 2), noise.dtype)
     return lax.fori_loop(0, jnp.where(both, 2, 1) * num_pairs, at_pair, nothing)
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "next_rate",
     "not_worse",
     "opposed",
+    "paired_difference",
     "residual_and_error",
     "search",
     "squared_norm",
@@ -165,11 +166,15 @@ def not_worse(before: Tensor, after: Tensor, most: float) -> bool:
         before, after: losses at antithetic pairs, [K, 2].
         most: that the standard error counts for.
     """
-    num_pairs = len(before)
-    change = (after - before).mean(1)
-    error = change.std(correction=0) / max(num_pairs - 1, 1) ** 0.5
+    change, error = paired_difference(before, after)
     rounding = 64 * torch.finfo(before.dtype).eps * before.abs().mean()
-    return bool(after.isfinite().all() & (change.mean() <= error.clamp(max=most) + rounding))
+    return bool(after.isfinite().all() & (change <= error.clamp(max=most) + rounding))
+
+
+def paired_difference(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of after − before, [K, 2], and its standard error: 0 of one pair."""
+    change = (after - before).mean(1)
+    return change.mean(), change.std(correction=0) / max(len(change) - 1, 1) ** 0.5
 
 
 def _by_pair(losses: Tensor) -> Tensor:

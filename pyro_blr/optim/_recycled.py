@@ -4,6 +4,8 @@ One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.p
 arguments are not those of the last step: the draws are of another ℓ, and as between minibatches a step that takes back
 what the last one did is noise.
 
+0. Once sixteen pairs are there, begin further along the drift of the last steps, if there is one and the draws of this
+   step are for it (`_drift.py`): where the pool is of use to short steps alone, 3 does not get along.
 1. Draw a few antithetic pairs, with their Hessians, into the pool, each at right angles to the ones before it
    (`gradients/orthogonal.py`; V does not know it, and is a bound): at first one pair a step; twice as many, up to
    `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take, or
@@ -46,7 +48,7 @@ from torch import Tensor
 
 from ..families import Block, DensePrecision
 from ..gradients import Chords, Draws, Objective, Split, hessians_at, orthogonal, recycled, secants_at
-from . import _rate
+from . import _drift, _rate
 from ._gaussian import State, all_finite, losses_at, scales_of, skipped
 
 __all__ = ["Recycling", "drawn", "init", "step"]
@@ -70,6 +72,7 @@ class Recycling:
         num_pairs: that the next step draws.
         digest: of the model's arguments at the draws.
         taken: whether the last step took anything.
+        drift: of the last steps (`_drift.py`).
     """
 
     pool: recycled.Pool
@@ -77,6 +80,7 @@ class Recycling:
     num_pairs: int
     digest: int
     taken: bool
+    drift: _drift.Drift
 
 
 def init(loc: Tensor, scales: tuple[Any, ...], max_pairs: int) -> Recycling:
@@ -84,7 +88,7 @@ def init(loc: Tensor, scales: tuple[Any, ...], max_pairs: int) -> Recycling:
     eights = min(MAX_PAIRS, MAX_NUMBERS // (2 * len(loc) ** 2)) // 8
     num_pairs = max(8 * eights, 8, recycled.FORGOTTEN * max_pairs)
     pool, frame = recycled.init(num_pairs, loc, scales), orthogonal.init(loc, max_pairs)
-    return Recycling(pool=pool, frame=frame, num_pairs=1, digest=0, taken=False)
+    return Recycling(pool=pool, frame=frame, num_pairs=1, digest=0, taken=False, drift=_drift.init(loc))
 
 
 def drawn(state: State, normals: Callable[[int], Tensor], max_pairs: int) -> tuple[State, Tensor]:
@@ -186,9 +190,14 @@ def step(
     changed = digest != state.recycling.digest
     recycling = replace(state.recycling, pool=recycled.emptied(state.recycling.pool, changed), digest=digest)
     state = replace(state, recycling=recycling)
-    assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
     pairs = torch.stack([noise, -noise], 1)[: recycling.num_pairs]
     draws = Draws.at(pairs.flatten(0, 1))  # one object for all that is asked of them, whose noise is made once
+
+    def losses_around(loc: Tensor, scales: tuple[Any, ...]) -> Tensor:
+        return losses_at(objective, loc, scales, None, draws).reshape(-1, 2)
+
+    before, (state, went_on, extra_losses) = state, _drifted(state, blocks, losses_around)
+    assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
     curvatures_at: Any = partial(hessians_at, split=split, differences=differences)
     if chords is not None:
         curvatures_at = secants_at
@@ -204,7 +213,8 @@ def step(
         return _Place(loc, precision, moments.effective, moments.gradient, moments.hessian, residual, error, loss)
 
     if not usable:
-        kept = replace(state, recycling=replace(recycling, pool=pool), evaluations=state.evaluations + evaluations)
+        recycling = replace(recycling, pool=pool, drift=_drift.init(state.loc))
+        kept = replace(before, recycling=recycling, evaluations=state.evaluations + evaluations + extra_losses)
         return skipped(kept), losses.mean(), False
     start = place(state.loc, state.precision, scales_of(state.precision, blocks, state.radius))
     far, last_gradient = start.far, state.rate.last_gradient
@@ -215,9 +225,6 @@ def step(
     if not far:
         # down log L, or at draws closer to m than q's, a step that was taken says nothing of the next one's rate
         first_rate = cap if state.radius < 1 and recycling.taken else min(first_rate, cap)
-
-    def losses_around(loc: Tensor, scales: tuple[Any, ...]) -> Tensor:
-        return losses_at(objective, loc, scales, None, draws).reshape(-1, 2)
 
     def total_loss(loc: Tensor, scales: tuple[Any, ...]) -> float:
         total = float(losses_around(loc, scales).sum())
@@ -267,17 +274,39 @@ def step(
     more = start.noisy or not end.taken or alone
     num_pairs = min(len(noise), 2 * recycling.num_pairs) if more else recycling.num_pairs
     rate = _rate.next_rate(end.rate, first_rate, end.taken, tries, math.inf if far else 1.0)
+    drift = _drift.init(state.loc)
+    if begun and not changed:
+        moves = end.here.loc - state.loc, end.here.precision.matrix - state.precision.matrix
+        drift = _drift.averaged(state.recycling.drift, *moves)
+    evaluations += 2 * recycling.num_pairs * (end.proposals + far) + extra_losses
     kept = replace(
         state,
-        recycling=replace(recycling, pool=pool, num_pairs=num_pairs, taken=end.taken),
-        evaluations=state.evaluations + evaluations + 2 * recycling.num_pairs * (end.proposals + far),
+        recycling=replace(recycling, pool=pool, num_pairs=num_pairs, taken=end.taken, drift=drift),
+        evaluations=state.evaluations + evaluations,
         residual=start.residual,
         error=start.error,
         rate=state.rate.after(rate, end.rate, noisy_steps, start.gradient, end.taken),
         radius=max(NARROWER * state.radius, NARROWEST) if far else min(1.0, 2 * state.radius),
     )
     moved = replace(kept, loc=end.here.loc, precision=end.here.precision)
-    return (moved if end.taken else kept), losses.mean(), end.taken
+    return (moved if end.taken else kept), losses.mean(), went_on or end.taken
+
+
+def _drifted(state: State, blocks: tuple[Block, ...], losses_around: Callable[..., Tensor]) -> tuple[State, bool, int]:
+    """The state on along the drift, if the fresh draws are for it, and with the next κ; whether, and losses it took."""
+    recycling, loc, precision = state.recycling, state.loc, state.precision
+    assert isinstance(precision, DensePrecision)
+    begun = recycling.pool.count >= BEGUN and recycling.num_pairs > 1 and state.radius == 1  # one knows no error
+    if not (begun and _drift.is_there(recycling.drift, precision, state.error)):
+        return state, False, 0
+    there = _drift.proposal(recycling.drift, loc, precision)
+    scales = scales_of(there[1], blocks, 1.0)
+    if not all_finite(there[0], there[1].matrix, *scales):
+        return state, False, 0
+    before, after = losses_around(loc, scales_of(precision, blocks, 1.0)), losses_around(there[0], scales)
+    lower, drift = _drift.judged(recycling.drift, *_rate.paired_difference(before, after))
+    state = replace(state, recycling=replace(recycling, drift=drift))
+    return (replace(state, loc=there[0], precision=there[1]) if lower else state), lower, 2 * before.numel()
 
 
 def _fresh(
