@@ -4,8 +4,9 @@ One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.p
 arguments are not those of the last step: the draws are of another ℓ, and as between minibatches a step that takes back
 what the last one did is noise.
 
-0. Once sixteen pairs are there, begin further along the drift of the last steps, if there is one and the draws of this
-   step are for it (`_drift.py`): where the pool is of use to short steps alone, 3 does not get along.
+0. Begin further along the drift of the last steps, if there is one and the draws of this step are for it (`_drift.py`).
+   It is followed once sixteen pairs are there, and while they are worth less than 2 D draws, with which 3 does not get
+   along.
 1. Draw a few antithetic pairs, with their Hessians, into the pool, each at right angles to the ones before it
    (`gradients/orthogonal.py`; V does not know it, and is a bound): at first one pair a step; twice as many, up to
    `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take, or
@@ -307,8 +308,10 @@ def step(
     evaluations += num_draws * num_losses.astype(dtype) + extra_losses
     taken = jnp.where(usable, end.taken, recycling.taken)
     moves = end.here.loc - state.loc, end.here.precision.matrix - state.precision.matrix
-    begun = usable & (pool.count >= BEGUN) & ~start.far & ~changed
-    drift = select(begun, _drift.averaged(state.recycling.drift, *moves), _drift.init(state.loc))
+    few = (pool.count >= BEGUN) & (start.effective < recycled.REGULAR * len(state.loc))
+    drift = select(
+        usable & few & ~start.far & ~changed, _drift.averaged(state.recycling.drift, *moves), _drift.init(state.loc)
+    )
     recycling = replace(recycling, pool=pool, num_pairs=num_pairs, taken=taken, drift=drift)
     tried = replace(state, recycling=recycling, evaluations=state.evaluations + evaluations)
     after = replace(  # where nothing was taken, `end.here` is the start

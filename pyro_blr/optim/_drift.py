@@ -70,11 +70,11 @@ def is_there(drift: Drift, precision: DensePrecision, error: float) -> bool:
 
 def proposal(drift: Drift, loc: Tensor, precision: DensePrecision) -> tuple[Tensor, DensePrecision]:
     """(m, S), κ moves on."""
-    factor = torch.linalg.cholesky(precision.matrix)
+    factor, failed = torch.linalg.cholesky_ex(precision.matrix)
     half = torch.linalg.solve_triangular(factor, drift.precision_move, upper=False)
     whitened = torch.linalg.solve_triangular(factor, half.T, upper=False)
-    if not whitened.isfinite().all():
-        return loc, precision.at(whitened)  # which is found not to be finite; of it there is no `eigh`
+    if failed or not whitened.isfinite().all():
+        return loc, precision.at(torch.full_like(factor, torch.nan))  # which is refused; `eigh` would raise
     eigenvalues, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
     root = factor @ (vectors * ((drift.reach * eigenvalues).clamp(-1, 1) / 2).exp())
     return loc + drift.reach * drift.loc_move, precision.at(root @ root.T)

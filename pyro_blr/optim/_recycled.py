@@ -4,8 +4,9 @@ One step, from N(m, S⁻¹) and the pool of earlier draws (`gradients/recycled.p
 arguments are not those of the last step: the draws are of another ℓ, and as between minibatches a step that takes back
 what the last one did is noise.
 
-0. Once sixteen pairs are there, begin further along the drift of the last steps, if there is one and the draws of this
-   step are for it (`_drift.py`): where the pool is of use to short steps alone, 3 does not get along.
+0. Begin further along the drift of the last steps, if there is one and the draws of this step are for it (`_drift.py`).
+   It is followed once sixteen pairs are there, and while they are worth less than 2 D draws, with which 3 does not get
+   along.
 1. Draw a few antithetic pairs, with their Hessians, into the pool, each at right angles to the ones before it
    (`gradients/orthogonal.py`; V does not know it, and is a bound): at first one pair a step; twice as many, up to
    `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take, or
@@ -275,7 +276,7 @@ def step(
     num_pairs = min(len(noise), 2 * recycling.num_pairs) if more else recycling.num_pairs
     rate = _rate.next_rate(end.rate, first_rate, end.taken, tries, math.inf if far else 1.0)
     drift = _drift.init(state.loc)
-    if begun and not changed:
+    if begun and not changed and start.effective < recycled.REGULAR * len(state.loc):
         moves = end.here.loc - state.loc, end.here.precision.matrix - state.precision.matrix
         drift = _drift.averaged(state.recycling.drift, *moves)
     evaluations += 2 * recycling.num_pairs * (end.proposals + far) + extra_losses
