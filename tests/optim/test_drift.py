@@ -63,6 +63,11 @@ def test_a_drift_is_there_beyond_the_noise_and_never_of_rounding(backend):
     assert not bool(is_there(small, precision, backend.array(np.array(0.0))))
 
 
+def never_enough(backend, monkeypatch):
+    """However many draws there are, they are worth fewer than it takes to do without the drift."""
+    monkeypatch.setattr(backend.module("gradients.recycled"), "REGULAR", 1e9)
+
+
 def settled(backend):
     """(a step, the state at the fixed point of `counts` with a full pool, noise of the next step)."""
     step, state = stepper(backend, counts), started(backend, [0.0, 0.0], np.eye(2))
@@ -72,10 +77,11 @@ def settled(backend):
     return step, state, random.normal(size=(4, 2))
 
 
-def test_a_step_begins_with_the_drift_if_its_draws_are_for_it(both):
+def test_a_step_begins_with_the_drift_if_its_draws_are_for_it(both, monkeypatch):
     """From a place off the optimum: four moves back to it are taken, four away from it are not; in both packages."""
     ends = {}
     for backend in both:
+        never_enough(backend, monkeypatch)
         step, state, noise = settled(backend)
         home, off = backend.to_numpy(state.loc), np.array([0.4, -0.3])
         for way in (-1, 1):
@@ -98,7 +104,8 @@ def test_a_step_begins_with_the_drift_if_its_draws_are_for_it(both):
         assert_allclose(first, second, rtol=1e-7)
 
 
-def test_the_drift_is_the_average_of_the_moves_and_begins_with_sixteen_pairs(backend):
+def test_the_drift_is_the_average_of_the_moves_and_begins_with_sixteen_pairs(backend, monkeypatch):
+    never_enough(backend, monkeypatch)
     step, state = stepper(backend, counts), started(backend, [0.0, 0.0], np.eye(2))
     random, moves = np.random.default_rng(0), np.zeros(2)
     for _ in range(25):
@@ -113,6 +120,12 @@ def test_the_drift_is_the_average_of_the_moves_and_begins_with_sixteen_pairs(bac
         if asked:  # what it went by the drift is no move of its own
             break
         assert_allclose(backend.to_numpy(state.recycling.drift.loc_move), moves, rtol=1e-9, atol=1e-15)
+
+
+def test_where_the_draws_are_worth_many_there_is_no_drift(backend):
+    """They are iterated on alone then."""
+    _, state, _ = settled(backend)
+    assert not backend.to_numpy(state.recycling.drift.loc_move).any() and float(state.recycling.drift.reach) == 1
 
 
 MONTHS, YEAR = 36, 12
