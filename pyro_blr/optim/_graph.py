@@ -45,7 +45,7 @@ class Graph:
         extras: of the run that was traced.
         inductor: whether programs are compiled.
         forward: whether a second derivative is taken in forward mode, the faster one.
-        programs: by transformation and number of draws, with the number of draws that each takes at once.
+        programs: by transformation and shapes of the rows, with the number of draws that each takes at once.
         uses: how often it was handed out.
     """
 
@@ -55,7 +55,7 @@ class Graph:
     extras: Extras
     inductor: bool
     forward: bool = True
-    programs: dict[tuple[Transformation, int], tuple[Callable[..., Any], int]] = field(default_factory=dict)
+    programs: dict[tuple[Transformation, tuple[torch.Size, ...]], tuple[Callable[..., Any], int]] = field(default_factory=dict)
     uses: int = 0
 
     def program(
@@ -66,7 +66,7 @@ class Graph:
         inputs: list[Tensor],
     ) -> tuple[Callable[..., Any], int]:
         """(rows of some draws, inputs) -> the transformed loss of each of them, and how many draws that takes."""
-        key = transformation, len(rows[0])
+        key = transformation, tuple(row.shape for row in rows)
         if key not in self.programs:
             trace = _program_of(self, transformation, scales)
             num_at_once = num_draws = len(rows[0])

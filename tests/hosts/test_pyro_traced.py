@@ -159,6 +159,8 @@ CASES = {
     "full rank": (logistic, (X, 1.0 * (NOISE > 0)), {"guide": AutoMultivariateNormal}),
     "points": (logistic, (X, 1.0 * (NOISE > 0)), {"guide": AutoDelta}),
     "hutchinson": (logistic, (X, 1.0 * (NOISE > 0)), {"estimator": "hutchinson"}),
+    "secants": (logistic, (X, 1.0 * (NOISE > 0)), {"estimator": "secant"}),
+    "secants, a rate": (logistic, (X, 1.0 * (NOISE > 0)), {"estimator": "secant", "learning_rate": 0.3}),
     "a temperature": (logistic, (X, 1.0 * (NOISE > 0)), {"temperature": 0.5}),
     "a rate": (logistic, (X, 1.0 * (NOISE > 0)), {"learning_rate": 0.3}),
     "particles": (logistic, (X, 1.0 * (NOISE > 0)), {"loss": Trace_ELBO(num_particles=3)}),
