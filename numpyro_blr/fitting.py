@@ -594,7 +594,7 @@ def _hidden_curvature(opt_state: OptState, at_end: _AtEnd | None) -> tuple[float
 
     By Stein's identity, E_q[(z − m) · (∇ℓ(z) − ĝ − Ĥ (z − m))] = tr Σ (E_q[∇²ℓ] − Ĥ), at the draws that are kept.
     """
-    if at_end is None or opt_state.estimator == "secant":  # of which Ĥ lacks nothing
+    if at_end is None or opt_state.secants:  # of which Ĥ lacks nothing
         return 0.0, math.inf
     gaussian: Any = opt_state.gaussian
     pool = gaussian.recycling.pool

@@ -89,6 +89,7 @@ DIFFERENCES = {
         # arrays under a tracer are selected, concrete ones are looked at
         "__all__", "all_finite", "field_of", "losses_at", "select",
     },
+    "optim/_missed.py": {"init", "misses"},  # of an array of a fixed size, JAX says which pairs are there
     "optim/_recycled.py": {"_Search"},  # a loop of one program in JAX looks at the start as at a proposal
     "optim/_rate.py": {"not_worse", "paired_difference"},  # JAX says which pairs of an array of a fixed size are there
     "optim/_ivon.py": {

@@ -49,7 +49,7 @@ from jax import Array, lax
 
 from ..families import Block, DensePrecision
 from ..gradients import Chords, Draws, Objective, Split, hessians_at, orthogonal, recycled, secants_at
-from . import _drift, _rate
+from . import _drift, _missed, _rate
 from ._gaussian import State, all_finite, scales_of, select, skipped
 
 __all__ = ["Recycling", "drawn", "init", "step"]
@@ -75,6 +75,7 @@ class Recycling:
         digest: of the model's arguments at the draws.
         taken: whether the last step took anything.
         drift: of the last steps (`_drift.py`).
+        missed: curvature that Hessians did not see (`_missed.py`); None where nobody asks.
     """
 
     pool: recycled.Pool
@@ -83,9 +84,10 @@ class Recycling:
     digest: Array
     taken: Array
     drift: _drift.Drift
+    missed: _missed.Missed | None
 
 
-def init(loc: Array, scales: tuple[Any, ...], max_pairs: int) -> Recycling:
+def init(loc: Array, scales: tuple[Any, ...], max_pairs: int, may_miss: bool = False) -> Recycling:
     """No draws yet, and room for 512, or as many as have four million numbers in their Hessians; at least for 16."""
     eights = min(MAX_PAIRS, MAX_NUMBERS // (2 * len(loc) ** 2)) // 8
     num_pairs = max(8 * eights, 8, recycled.FORGOTTEN * max_pairs)
@@ -96,6 +98,7 @@ def init(loc: Array, scales: tuple[Any, ...], max_pairs: int) -> Recycling:
         digest=jnp.zeros((), jnp.uint32),
         taken=jnp.zeros((), bool),
         drift=_drift.init(loc),
+        missed=_missed.init(loc) if may_miss else None,
     )
 
 
@@ -191,7 +194,7 @@ def step(
         objective: E_q[ℓ]/τ − H(q) at a noise ε, see `gradients/_estimate.py`.
         noise: ε of as many pairs as a step may draw, [K, D]; the first `num_pairs` are used.
         digest: of the model's arguments.
-        chords: of the same pairs, where the curvature is that of secants; None where it is that of Hessians.
+        chords: of the same pairs, where the curvature is that of secants, or may be; else None.
         split: by which Hessians cost less, if there is any.
 
     Returns:
@@ -205,10 +208,12 @@ def step(
     fresh = jnp.arange(max_pairs, dtype=jnp.int32) < recycling.num_pairs
     before, (state, went_on, extra_losses) = state, _drifted(state, objective, blocks, noise, fresh)
     assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
-    curvatures_at = partial(hessians_at, split=split, forward=forward)
-    if chords is not None:
-        curvatures_at = partial(secants_at, forward=forward)
-    num_drawn, pool, losses, usable, evaluations = _fresh(
+    by_hessians: Any = partial(hessians_at, split=split, forward=forward)
+    by_secants: Any = partial(secants_at, forward=forward)
+    curvatures_at = by_hessians if chords is None else by_secants
+    if recycling.missed is not None:
+        curvatures_at = _either(recycling.missed.secants, by_secants, by_hessians)
+    num_drawn, pool, losses, usable, misses, evaluations = _fresh(
         state, objective, blocks, noise, chords, temperature, curvatures_at
     )
 
@@ -312,7 +317,13 @@ def step(
     drift = select(
         usable & few & ~start.far & ~changed, _drift.averaged(state.recycling.drift, *moves), _drift.init(state.loc)
     )
-    recycling = replace(recycling, pool=pool, num_pairs=num_pairs, taken=taken, drift=drift)
+    missed = recycling.missed
+    if missed is not None:
+        missed = select(usable & (num_drawn > 1), _missed.after(missed, misses), missed)
+        turned = missed.secants & ~recycling.missed.secants
+        pool = recycled.emptied(pool, turned)
+        rates = select(turned, _rate.init(state.loc), rates)
+    recycling = replace(recycling, pool=pool, num_pairs=num_pairs, taken=taken, drift=drift, missed=missed)
     tried = replace(state, recycling=recycling, evaluations=state.evaluations + evaluations)
     after = replace(  # where nothing was taken, `end.here` is the start
         tried,
@@ -353,6 +364,20 @@ def _drifted(
     return replace(state, loc=after_loc, precision=after_precision, recycling=recycling), went_on, extra_losses
 
 
+def _either(condition: Array, one: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+    """One way to the curvatures, losses, gradients and their cost, or the other."""
+
+    def curvatures_at(*args: Any) -> tuple[Any, ...]:
+        def without_extras(way: Callable[..., Any], draws: Draws) -> tuple[Array, ...]:
+            curvatures, losses, gradients, _, _, cost = way(*args[:4], draws, *args[5:])
+            return curvatures, losses, gradients, jnp.asarray(cost, losses.dtype)
+
+        *found, cost = lax.cond(condition, partial(without_extras, one), partial(without_extras, other), args[4])
+        return *found, {}, None, cost
+
+    return curvatures_at
+
+
 def _fresh(
     state: State,
     objective: Objective,
@@ -361,9 +386,9 @@ def _fresh(
     chords: Chords | None,
     temperature: float,
     curvatures_at: Callable[..., tuple[Any, ...]],
-) -> tuple[Array, recycled.Pool, Array, Array, Array]:
-    """Pairs up to the first that is not finite, the pool with them, their losses [K, 2], whether there is none, and the
-    gradients that they took.
+) -> tuple[Array, recycled.Pool, Array, Array, Array, Array]:
+    """Pairs up to the first that is not finite, the pool with them, their losses [K, 2], whether there is none, whether
+    they miss curvature, and the gradients that they took.
     """
     scales = scales_of(state.precision, blocks, state.radius)
     _, log_determinant = recycled.standardized(blocks, state.loc, scales, state.loc)
@@ -400,7 +425,9 @@ def _fresh(
     pool = recycled.append(
         state.recycling.pool, blocks, state.loc, scales, pairs, energies, gradients, hessians, num_finite
     )
-    return number, pool, losses, usable, evaluations
+    columns, away = (recycled.scaled(blocks, scales, vectors) for vectors in (jnp.eye(size, dtype=dtype), pairs))
+    traces, along = jnp.einsum("kpab,ca,cb->k", hessians, columns, columns) / 2, (away * gradients).sum((1, 2)) / 2
+    return number, pool, losses, usable, _missed.misses(traces, along, there), evaluations
 
 
 def _losses(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -15,7 +15,10 @@ import numpy as np
 import numpyro.distributions as dist
 import numpyro.optim
 from jax import Array, lax, random
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from numpyro.handlers import seed, trace
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from numpyro.infer.util import log_density
 from numpyro.optim import _NumPyroOptim
 from numpyro.primitives import Messenger
 
@@ -27,6 +30,7 @@ __all__ = [
     "Members",
     "Redraw",
     "arguments_of_step",
+    "bends",
     "calling_svi",
     "check_loss",
     "check_params",
@@ -43,6 +47,7 @@ __all__ = [
     "survey",
 ]
 
+BENDS = {"abs", "max", "min", "clamp"}
 KINKED = dist.Laplace, dist.AsymmetricLaplace, dist.AsymmetricLaplaceQuantile
 NUMERIC = (jax.Array, np.ndarray, np.generic, bool, int, float)
 SUPPORTED_LOSSES = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
@@ -233,6 +238,34 @@ def survey(svi: SVI, args: tuple, kwargs: dict, layout: Layout, params: Mapping[
     minibatch = any(subsampled)
     fixed = one_density and drawn and alone and weight is None and not (minibatch or any(mutable))
     return Survey(fixed, kinks.found, minibatch)
+
+
+def bends(svi: SVI, args: tuple, kwargs: dict) -> bool:
+    """Whether the model computes an absolute value or a maximum, and so may have curvature in narrow places.
+
+    The log density of classes, of logits or of a mixture has one in its softplus or `logsumexp`, and so have a ReLU and
+    most kinks of one's own. Nothing is evaluated; what this says no to takes a shorter program.
+    """
+    kwargs = {**kwargs, **svi.static_kwargs}
+
+    def drawn() -> dict[str, Array]:
+        guide_trace = trace(seed(svi.guide, random.key(0))).get_trace(*args, **kwargs)
+        return {name: site["value"] for name, site in guide_trace.items() if site["type"] == "sample"}
+
+    def joint(values: dict[str, Array]) -> Array:
+        return log_density(seed(svi.model, random.key(0)), args, kwargs, values)[0]
+
+    return not BENDS.isdisjoint(primitives_of(jax.make_jaxpr(joint)(jax.eval_shape(drawn))))
+
+
+def primitives_of(program: Any) -> Iterator[str]:
+    """The names of the operations of a program, and of those within it."""
+    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            if isinstance(inner, (Jaxpr, ClosedJaxpr)):
+                yield from primitives_of(inner)
 
 
 class Kinks(Messenger):

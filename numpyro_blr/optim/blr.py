@@ -95,6 +95,13 @@ class OptState:
         """Gradients so far for the Gaussian; a Hessian counts as D, a Hessian-vector product as 2, a loss as 1."""
         return jnp.zeros(()) if self.gaussian is None else self.gaussian.evaluations
 
+    @property
+    def secants(self) -> Array | bool:
+        """Whether the curvature is that of secants, from the start or since Hessians missed it."""
+        recycling = None if self.gaussian is None else self.gaussian.recycling
+        missed = None if recycling is None else recycling.missed
+        return self.estimator == "secant" if missed is None else missed.secants
+
 
 class BLR(numpyro.optim._NumPyroOptim):
     """The Bayesian learning rule as an optimizer for the stock `SVI`: swap the optimizer, change nothing else.
@@ -114,8 +121,9 @@ class BLR(numpyro.optim._NumPyroOptim):
             back in steps. `"hutchinson"`: the diagonal from Hessian-vector products, 2 gradients a site (of at most 4)
             and 1, a draw; the choice of `"auto"` beyond. `"secant"`: either, from differences of gradients at a
             distance, of a log density with kinks too; 2 D + 1 gradients a draw, or as Hutchinson's; the choice of
-            `"auto"` where a site is a Laplace distribution or made of one. `"gradient"`: the stock gradient alone, at
-            the host's own draws; noisy, so it needs a `learning_rate`.
+            `"auto"` where a site is a Laplace distribution or made of one, and, where draws are recycled, once Hessians
+            miss most of the curvature (`_missed.py`). `"gradient"`: the stock gradient alone, at the host's own draws;
+            noisy, so it needs a `learning_rate`.
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
             most: a step begins with one pair. None is 8, or 4 where a plate is subsampled, since all draws of a step
             share the noise of its minibatch. Not used by `estimator="gradient"`.
@@ -206,6 +214,7 @@ class BLR(numpyro.optim._NumPyroOptim):
         recycles = dense and self.learning_rate is None and survey.fixed
         if estimator == "auto":
             estimator = "secant" if survey.kinked else "hessian" if dense else "hutchinson"
+        may_miss = self.estimator == "auto" and estimator == "hessian" and recycles and _svi.bends(svi, args, kwargs)
         num_draws = self.num_draws or (NUM_DRAWS_ON_BATCHES if survey.minibatch else NUM_DRAWS)
 
         @jax.jit  # one compilation and not one an operation
@@ -215,7 +224,8 @@ class BLR(numpyro.optim._NumPyroOptim):
             start = loc
             if self.learning_rate is None:
                 start = jnp.where(layout.bare, loc, beside(loc, precision, layout.blocks))
-            return init(start, precision, _recycled.init(loc, scales, num_draws // 2) if recycles else None)
+            recycling = _recycled.init(loc, scales, num_draws // 2, may_miss) if recycles else None
+            return init(start, precision, recycling)
 
         return start(dict(params)), estimator, num_draws
 
@@ -280,7 +290,7 @@ class BLR(numpyro.optim._NumPyroOptim):
             objective = tempered(_svi.objective_of(fn, layout, params), layout.blocks, self.temperature)
             normals = partial(_svi.joint_noise, _svi.key_of(fn, layout, params), like=gaussian.loc)
             gaussian, noise = _recycled.drawn(gaussian, normals, opt_state.num_draws // 2)
-            secants = opt_state.estimator == "secant"
+            secants = opt_state.estimator == "secant" or gaussian.recycling.missed is not None
             gaussian, average, moved = _recycled.step(
                 gaussian,
                 objective,

@@ -55,7 +55,9 @@ class Graph:
     extras: Extras
     inductor: bool
     forward: bool = True
-    programs: dict[tuple[Transformation, tuple[torch.Size, ...]], tuple[Callable[..., Any], int]] = field(default_factory=dict)
+    programs: dict[tuple[Transformation, tuple[torch.Size, ...]], tuple[Callable[..., Any], int]] = field(
+        default_factory=dict
+    )
     uses: int = 0
 
     def program(

@@ -49,7 +49,7 @@ from torch import Tensor
 
 from ..families import Block, DensePrecision
 from ..gradients import Chords, Draws, Objective, Split, hessians_at, orthogonal, recycled, secants_at
-from . import _drift, _rate
+from . import _drift, _missed, _rate
 from ._gaussian import State, all_finite, losses_at, scales_of, skipped
 
 __all__ = ["Recycling", "drawn", "init", "step"]
@@ -74,6 +74,7 @@ class Recycling:
         digest: of the model's arguments at the draws.
         taken: whether the last step took anything.
         drift: of the last steps (`_drift.py`).
+        missed: curvature that Hessians did not see (`_missed.py`); None where nobody asks.
     """
 
     pool: recycled.Pool
@@ -82,14 +83,16 @@ class Recycling:
     digest: int
     taken: bool
     drift: _drift.Drift
+    missed: _missed.Missed | None
 
 
-def init(loc: Tensor, scales: tuple[Any, ...], max_pairs: int) -> Recycling:
+def init(loc: Tensor, scales: tuple[Any, ...], max_pairs: int, may_miss: bool = False) -> Recycling:
     """No draws yet, and room for 512, or as many as have four million numbers in their Hessians; at least for 16."""
     eights = min(MAX_PAIRS, MAX_NUMBERS // (2 * len(loc) ** 2)) // 8
     num_pairs = max(8 * eights, 8, recycled.FORGOTTEN * max_pairs)
     pool, frame = recycled.init(num_pairs, loc, scales), orthogonal.init(loc, max_pairs)
-    return Recycling(pool=pool, frame=frame, num_pairs=1, digest=0, taken=False, drift=_drift.init(loc))
+    drift, missed = _drift.init(loc), _missed.init() if may_miss else None
+    return Recycling(pool=pool, frame=frame, num_pairs=1, digest=0, taken=False, drift=drift, missed=missed)
 
 
 def drawn(state: State, normals: Callable[[int], Tensor], max_pairs: int) -> tuple[State, Tensor]:
@@ -202,7 +205,7 @@ def step(
     curvatures_at: Any = partial(hessians_at, split=split, differences=differences)
     if chords is not None:
         curvatures_at = secants_at
-    pool, losses, usable, evaluations = _fresh(
+    pool, losses, usable, misses, evaluations = _fresh(
         state, objective, blocks, pairs, draws, chords, temperature, curvatures_at
     )
 
@@ -280,13 +283,19 @@ def step(
         moves = end.here.loc - state.loc, end.here.precision.matrix - state.precision.matrix
         drift = _drift.averaged(state.recycling.drift, *moves)
     evaluations += 2 * recycling.num_pairs * (end.proposals + far) + extra_losses
+    rates = state.rate.after(rate, end.rate, noisy_steps, start.gradient, end.taken)
+    missed = recycling.missed
+    if missed is not None and len(pairs) > 1:
+        missed = _missed.after(missed, misses)
+        if missed.secants and chords is None:
+            pool, rates = recycled.emptied(pool, True), _rate.init(state.loc)
     kept = replace(
         state,
-        recycling=replace(recycling, pool=pool, num_pairs=num_pairs, taken=end.taken, drift=drift),
+        recycling=replace(recycling, pool=pool, num_pairs=num_pairs, taken=end.taken, drift=drift, missed=missed),
         evaluations=state.evaluations + evaluations,
         residual=start.residual,
         error=start.error,
-        rate=state.rate.after(rate, end.rate, noisy_steps, start.gradient, end.taken),
+        rate=rates,
         radius=max(NARROWER * state.radius, NARROWEST) if far else min(1.0, 2 * state.radius),
     )
     moved = replace(kept, loc=end.here.loc, precision=end.here.precision)
@@ -319,9 +328,9 @@ def _fresh(
     chords: Chords | None,
     temperature: float,
     curvatures_at: Callable[..., tuple[Any, ...]],
-) -> tuple[recycled.Pool, Tensor, bool, int]:
-    """The pool with the pairs up to the first that is not finite, all losses, [K, 2], whether there is none, and the
-    gradients that they took.
+) -> tuple[recycled.Pool, Tensor, bool, bool, int]:
+    """The pool with the pairs up to the first that is not finite, all losses, [K, 2], whether there is none, whether
+    they miss curvature, and the gradients that they took.
     """
     scales = scales_of(state.precision, blocks, state.radius)
     _, log_determinant = recycled.standardized(blocks, state.loc, scales, state.loc)
@@ -337,7 +346,11 @@ def _fresh(
     pool = state.recycling.pool
     if num_finite:
         pool = recycled.append(pool, blocks, state.loc, scales, *(array[:num_finite] for array in found))
-    return pool, losses, num_finite == len(pairs), cost * losses.numel()
+    identity = torch.eye(pairs.shape[-1], dtype=pairs.dtype, device=pairs.device)
+    columns, away = (recycled.scaled(blocks, scales, vectors) for vectors in (identity, pairs))
+    _, _, gradients, hessians = found
+    traces, along = torch.einsum("kpab,ca,cb->k", hessians, columns, columns) / 2, (away * gradients).sum((1, 2)) / 2
+    return pool, losses, num_finite == len(pairs), _missed.misses(traces, along), cost * losses.numel()
 
 
 def _cap(noisy_steps: float, effective: float, num_pairs: int) -> float:

@@ -48,7 +48,7 @@ from ..gradients import (
     reparameterized,
     secant,
 )
-from . import _options, _rate, _recycled, _svi, _sweep
+from . import _drift, _missed, _options, _rate, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
 from ._gaussian import State, all_finite, beside, field_of, init, scales_of, step, tempered
 from ._layout import Layout, gather, gather_members, joined, scatter, scatter_members
@@ -105,6 +105,13 @@ class OptState:
         """Gradients so far for the Gaussian; a Hessian counts as D, a Hessian-vector product as 2, a loss as 1."""
         return 0 if self.gaussian is None else self.gaussian.evaluations
 
+    @property
+    def secants(self) -> bool:
+        """Whether the curvature is that of secants, from the start or since Hessians missed it."""
+        recycling = None if self.gaussian is None else self.gaussian.recycling
+        missed = None if recycling is None else recycling.missed
+        return self.estimator == "secant" if missed is None else missed.secants
+
 
 class BLR(pyro.optim.PyroOptim):
     """The Bayesian learning rule as an optimizer for the stock `SVI`: swap the optimizer, change nothing else.
@@ -124,8 +131,9 @@ class BLR(pyro.optim.PyroOptim):
             back in steps. `"hutchinson"`: the diagonal from Hessian-vector products, 2 gradients a site (of at most 4)
             and 1, a draw; the choice of `"auto"` beyond. `"secant"`: either, from differences of gradients at a
             distance, of a log density with kinks too; 2 D + 1 gradients a draw, or as Hutchinson's; the choice of
-            `"auto"` where a site is a Laplace distribution or made of one. `"gradient"`: the stock gradient alone, at
-            the host's own draws; noisy, so it needs a `learning_rate`.
+            `"auto"` where a site is a Laplace distribution or made of one, and, where draws are recycled, once Hessians
+            miss most of the curvature (`_missed.py`). `"gradient"`: the stock gradient alone, at the host's own draws;
+            noisy, so it needs a `learning_rate`.
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
             most: a step begins with one pair. None is 8, or 4 where a plate is subsampled, since all draws of a step
             share the noise of its minibatch. Not used by `estimator="gradient"`.
@@ -233,13 +241,14 @@ class BLR(pyro.optim.PyroOptim):
         recycles = dense and self.learning_rate is None and survey.fixed
         if estimator == "auto":
             estimator = "secant" if survey.kinked else "hessian" if dense else "hutchinson"
+        may_miss = self.estimator == "auto" and estimator == "hessian" and recycles
         num_draws = self.num_draws or (NUM_DRAWS_ON_BATCHES if survey.minibatch else NUM_DRAWS)
         start = loc
         if self.learning_rate is None:
             bare = torch.as_tensor(layout.bare, device=loc.device)
             start = torch.where(bare, loc, beside(loc, precision, layout.blocks))
         _, factors = factored(layout.blocks, scales)
-        recycling = _recycled.init(loc, factors, num_draws // 2) if recycles else None
+        recycling = _recycled.init(loc, factors, num_draws // 2, may_miss) if recycles else None
         return init(start, precision, recycling), estimator, num_draws
 
     def _needs_differences(self, svi: SVI, args: tuple, kwargs: dict, state: OptState) -> bool:
@@ -355,7 +364,7 @@ class BLR(pyro.optim.PyroOptim):
                 noise,
                 self.temperature,
                 digest,
-                chords=self._chords(state, seed, len(gaussian.loc)) if state.estimator == "secant" else None,
+                chords=self._chords(state, seed, len(gaussian.loc)) if state.secants else None,
                 split=split,
                 differences=state.differences,
             )
@@ -411,7 +420,7 @@ class BLR(pyro.optim.PyroOptim):
         objective, split = temper(_svi.objective_of(svi, args, kwargs, layout, seed)), None
         if layout.wide:
             split = Split(temper(_svi.objective_of(svi, args, kwargs, layout.holding, seed)), layout.wide)
-        if state.estimator == "secant":
+        if state.secants:
             objective = _svi.Mapped(objective, temper(_svi.traceable_objective_of(svi, args, kwargs, layout, seed)))
         if not self.compile:
             return objective, split
@@ -556,7 +565,7 @@ class BLR(pyro.optim.PyroOptim):
             generator = torch.Generator(loc.device).manual_seed(seed + 1 + state.num_draws)
             signs = torch.randint(2, (state.num_draws, len(loc)), generator=generator, device=loc.device)
             draws = draws._replace(probes=parted(signs.to(loc.dtype) * 2 - 1, state.layout.blocks))
-        if gaussian is not None and state.estimator == "secant":
+        if gaussian is not None and state.secants:
             num_directions = len(gaussian.loc) if draws.probes is None else draws.probes.shape[1]
             own = self._chords(state, seed, num_directions)
             draws = draws._replace(chords=Chords(*(chord[:num_pairs] for chord in own)).mirrored())
@@ -576,7 +585,7 @@ class BLR(pyro.optim.PyroOptim):
             return lambda objective, loc, scales, others, _, blocks: reparameterized(
                 objective, loc, scales, others, blocks, dense=dense
             )
-        if state.estimator == "secant":
+        if state.secants:
             return secant
         if state.estimator == "hessian":
             return partial(hessian, split=split, differences=state.differences)
@@ -607,23 +616,34 @@ def resumed_precision(fresh: Any, field: Tensor, own: Any) -> Precision:
     return replace(fresh, matrix=field, own=own) if isinstance(fresh, LowRankPrecision) else type(fresh)(field)
 
 
-STORES: dict[str, Any] = {"pool": recycled.Pool, "frame": orthogonal.Frame}
+STORES: dict[str, Any] = {
+    "pool": recycled.Pool,
+    "frame": orthogonal.Frame,
+    "drift": _drift.Drift,
+    "missed": _missed.Missed,
+}
 KEPT = [item.name for item in fields(_recycled.Recycling) if item.name not in STORES]
 
 
 def recycling_state(gaussian: State | None) -> dict[str, Any] | None:
-    """The draws that are kept, as tensors and numbers by name."""
+    """What is carried beside the Gaussian, as tensors and numbers by name."""
     if gaussian is None or gaussian.recycling is None:
         return None
     recycling = gaussian.recycling
-    return {**vars(recycling.pool), **vars(recycling.frame), **{name: getattr(recycling, name) for name in KEPT}}
+    stored = {name: getattr(recycling, name) for name in KEPT}
+    for part in (getattr(recycling, name) for name in STORES):
+        stored |= {} if part is None else vars(part)
+    return stored
 
 
 def resumed_recycling(fresh: _recycled.Recycling | None, loaded: dict[str, Any] | None) -> _recycled.Recycling | None:
     """What `recycling_state` described; a fit that keeps draws now and did not then starts without any."""
     if fresh is None or loaded is None:
         return fresh
-    pool, frame = (kind(**{item.name: loaded[item.name] for item in fields(kind)}) for kind in STORES.values())
-    if frame.rows.shape != fresh.frame.rows.shape:
-        frame = fresh.frame  # of another `num_draws`
-    return _recycled.Recycling(pool=pool, frame=frame, **{name: loaded[name] for name in KEPT})
+    parts = {name: getattr(fresh, name) for name in STORES}
+    for name, kind in STORES.items():
+        stored = {item.name: loaded[item.name] for item in fields(kind) if item.name in loaded}
+        parts[name] = kind(**stored) if stored and parts[name] is not None else parts[name]
+    if parts["frame"].rows.shape != fresh.frame.rows.shape:
+        parts["frame"] = fresh.frame  # of another `num_draws`
+    return _recycled.Recycling(**parts, **{name: loaded[name] for name in KEPT})

@@ -30,8 +30,8 @@ from ._layout import gather, gather_members, undisturbed
 __all__ = ["merge", "site_contributions"]
 
 SECANTS = (
-    "contributions are made of Hessians, which do not know the curvature of a log density with kinks, here taken from "
-    "secants. Fit without the datum or the factor, and subtract."
+    "contributions are made of Hessians, which do not know the curvature of a log density with kinks, or that bends in "
+    "narrow places, here taken from secants. Fit without the datum or the factor, and subtract."
 )
 LOW_RANK = (
     "contributions are natural parameters, and the low-rank site has none: its Gaussians are no exponential family. "
@@ -56,8 +56,8 @@ def site_contributions(
         converged: exactly if the model is conjugate, within Monte Carlo error elsewhere.
 
     Raises:
-        ValueError: the model has no plate of that name, or it is subsampled, or it has kinks, or no second
-            derivative; `num_draws` is not even and positive.
+        ValueError: the model has no plate of that name, or it is subsampled, or its curvature is that of secants, or it
+            has no second derivative; `num_draws` is not even and positive.
         TypeError: the optimizer of `svi` is not `BLR`, or has taken no step.
     """
     from .blr import OptState  # the rule's state and temperature are all that is known of the rule
@@ -70,7 +70,7 @@ def site_contributions(
         )
     if num_draws < 2 or num_draws % 2:
         raise ValueError(f"num_draws must be even and at least 2, got {num_draws}: draws come in antithetic pairs.")
-    if opt_state.estimator == "secant":
+    if opt_state.secants:
         raise ValueError(SECANTS)
     if any(block.structure == "low rank" for block in opt_state.layout.blocks):
         raise ValueError(LOW_RANK)
