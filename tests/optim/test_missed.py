@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.optimize
 from numpy.testing import assert_allclose
 
-from tests import cases
+from tests import cases, reference
+from tests.optim.test_recycled import PARTS
 from tests.stock_guides.test_kinks import counts_model, data, written_out_model
 
 
@@ -48,6 +50,69 @@ def test_a_fifth_of_the_last_steps_is_enough(backend, steps, secants):
     for missed in steps:
         state = module.after(state, backend.array(np.array(missed == "1")))
     assert bool(state.secants) == secants
+
+
+NOISE = np.random.default_rng(0).normal(size=(4, 2))
+
+
+def kinks(xp, z):
+    return 5 * xp.abs(z).sum() + (z**2).sum() / 20
+
+
+def after_a_step(backend, num_pairs, share, loss=kinks):
+    """The state after one step from N(0, I), where that share of the last steps missed curvature."""
+    blocks, rule = backend.blocks(PARTS), backend.module("optim._recycled")
+    extras, xp = backend.gradients.Extras(aux=None), backend.xp
+
+    def objective(loc, scales, others, draw):
+        value = loss(xp, loc + scales[0] @ draw.noise)
+        return value - xp.log(xp.einsum("ii->i", scales[0])).sum() - (draw.noise**2).sum() / 2, extras
+
+    made = backend.state(reference.State(loc=np.zeros(2), precision=np.eye(2)))
+    scales = backend.blr.scales_of(made.precision, blocks, 1.0)
+    state = backend.blr.init(made.loc, made.precision, rule.init(made.loc, scales, 4, may_miss=True))
+    missed = replace(state.recycling.missed, share=backend.scalar(share, state.recycling.missed.share))
+    pairs = backend.scalar(num_pairs, state.recycling.num_pairs)
+    state = replace(
+        state,
+        rate=replace(state.rate, noisy_steps=backend.scalar(9.0, state.rate.noisy_steps)),
+        recycling=replace(state.recycling, missed=missed, num_pairs=pairs),
+    )
+    noise, chords = backend.array(NOISE), None
+    if backend.name == "numpyro":  # whose program has both ways in it
+        chords = backend.module("gradients.secant").chords(backend.source_of_noise(0), 4, 2, made.loc)
+    step = backend.compiled(
+        lambda state: rule.step(state, objective, blocks, noise, 1.0, backend.digest(0), chords=chords)
+    )
+    return step(state)[0]
+
+
+def test_both_traces_are_those_of_a_quadratic(backend, monkeypatch):
+    """t = tr H at every pair of N(0, I), and u = εᵀ H ε."""
+    module, along = backend.module("optim._missed"), 3 * NOISE[:, 0] ** 2 + NOISE[:, 1] ** 2
+
+    def exact(traces, chords, *there):
+        same = (abs(traces - 4).max() < 1e-12) & (abs(chords - backend.array(along)).max() < 1e-12)
+        return same if there else bool(same)
+
+    monkeypatch.setattr(module, "misses", exact)
+    state = after_a_step(backend, 4, 0.0, lambda xp, z: 1.5 * z[0] ** 2 + 0.5 * z[1] ** 2)
+    assert float(state.recycling.missed.share) == 1 / 16
+
+
+def test_with_the_turn_to_secants_the_rule_begins_anew(backend):
+    """Without the draws that miss the curvature, and without the noise that shortened the rate."""
+    turned, going_on = after_a_step(backend, 4, 0.19), after_a_step(backend, 4, 0.1)
+    assert_allclose(float(turned.recycling.missed.share), 0.19 + 0.81 / 16)
+    assert bool(turned.recycling.missed.secants) and not bool(going_on.recycling.missed.secants)
+    assert (int(turned.recycling.pool.count), int(going_on.recycling.pool.count)) == (0, 4)
+    assert float(turned.rate.noisy_steps) == 0 and float(turned.rate.rate) == 1
+    assert float(going_on.rate.noisy_steps) >= 9
+
+
+def test_a_step_of_one_pair_says_nothing(backend):
+    missed = after_a_step(backend, 1, 0.19).recycling.missed
+    assert float(missed.share) == 0.19 and not bool(missed.secants)
 
 
 def test_where_nothing_is_missed_steps_are_those_of_hessians(backend):
