@@ -7,11 +7,12 @@ what the last one did is noise.
 0. Begin further along the drift of the last steps, if there is one and the draws of this step are for it (`_drift.py`).
    It is followed once sixteen pairs are there, and while they are worth less than 2 D draws, with which 3 does not get
    along.
-1. Draw a few antithetic pairs, with their Hessians, into the pool, each at right angles to the ones before it
-   (`gradients/orthogonal.py`; V does not know it, and is a bound): at first one pair a step; twice as many, up to
-   `num_draws`, from then on whenever the natural gradient is inside its own error or a step finds nothing to take, or
-   sixteen pairs are worth little more than the last: in hundreds of dimensions only the last draws weigh anything, and
-   one pair knows no error. A shorter rate alone tells of curvature, not of noise.
+1. Draw a few antithetic pairs into the pool, with their Hessians, or secants once these miss curvature (`_missed.py`),
+   each pair at right angles to the ones before it (`gradients/orthogonal.py`; V does not know it, and is a bound): at
+   first one a step; twice as many, up to `num_draws`, from then on whenever the natural gradient is inside its own
+   error or a step finds nothing to take, or sixteen pairs are worth little more than the last: in hundreds of
+   dimensions only the last draws weigh anything, and one pair knows no error. A shorter rate alone tells of curvature,
+   not of noise.
 2. A step of the rule with ĝ and Ĥ of the whole pool. The pool *covers* a proposal if it is worth half as many draws
    there as here, and at least 8. One that is covered is taken as it is: the estimate holds there. Any other is tried
    at the fresh draws, and its rate shortened as `_rate.py` does.
@@ -426,8 +427,9 @@ def _fresh(
         state.recycling.pool, blocks, state.loc, scales, pairs, energies, gradients, hessians, num_finite
     )
     columns, away = (recycled.scaled(blocks, scales, vectors) for vectors in (jnp.eye(size, dtype=dtype), pairs))
-    traces, along = jnp.einsum("kpab,ca,cb->k", hessians, columns, columns) / 2, (away * gradients).sum((1, 2)) / 2
-    return number, pool, losses, usable, _missed.misses(traces, along, there), evaluations
+    traces = jnp.einsum("kpab,ab->k", hessians, columns.T @ columns) / 2
+    misses = _missed.misses(traces, (away * gradients).sum((1, 2)) / 2, there)
+    return number, pool, losses, usable, misses, evaluations
 
 
 def _losses(

@@ -109,10 +109,9 @@ def written_out_model(host):
     [
         (median_model, {"learning_rate": 0.1}),
         (written_out_model, {"estimator": "secant", "learning_rate": 0.1}),
-        (written_out_model, {}),
         pytest.param(median_model, {"num_draws": 4, "learning_rate": 0.1}, marks=pytest.mark.slow),
     ],
-    ids=["a given rate", "written out, a given rate", "written out", "four draws, a given rate"],
+    ids=["a given rate", "written out, a given rate", "four draws, a given rate"],
 )
 def test_kinks_where_no_draws_are_kept_or_no_site_tells_of_them(backend, make, options):
     fit = backend.start(make, cases.MEAN_FIELD.make, data(), **options).run(100)
