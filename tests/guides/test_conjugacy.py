@@ -356,7 +356,7 @@ def test_sites_that_start_at_the_same_natural_parameters_are_told_apart(backend)
 
     with backend.promotion(lax=True), warnings.catch_warnings():
         warnings.filterwarnings("error", ".*belong to no site")
-        naturals = backend.start_families(make, (np.array(2.0),), {}, learning_rate=1.0).run(30).naturals()
+        naturals = backend.start_families(make, (np.array(2.0),), {}, learning_rate=1.0).run(15).naturals()
     density = -((2.0 - np.array([[0.0, -3.0], [2.0, -1.0]])) ** 2) / 2  # of y, by both coins
     logits = np.array([naturals["coin_a"][0], naturals["coin_b"][0]])
     (not_a, not_b), (a, b) = 1 / (1 + np.exp(logits)), 1 / (1 + np.exp(-logits))

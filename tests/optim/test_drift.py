@@ -150,6 +150,7 @@ def level_and_season(host):
     return model
 
 
+@pytest.mark.slow
 def test_a_scale_and_what_it_scales_are_followed_along_their_drift(backend, monkeypatch):
     """In 75 coordinates, where the draws are of use to a short step alone: far closer after 40 steps than without."""
     mean_field = lambda host, model: host.autoguide.AutoNormal(model)  # noqa: E731

@@ -198,6 +198,7 @@ def least() -> float:
     return scipy.optimize.minimize(objective, start, method="BFGS").fun
 
 
+@pytest.mark.slow
 def test_separated_classes_under_a_wide_prior(backend):
     """No draw of a hundred lies where the likelihood bends; by Hessians alone the gap is 5 to 22 nats, and comes and
     goes.

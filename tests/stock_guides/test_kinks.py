@@ -81,7 +81,7 @@ def best(name: str, dense: bool) -> float:
     ("name", "make", "guide"),
     [
         ("median", median_model, cases.MEAN_FIELD),
-        ("median", median_model, cases.FULL_RANK),
+        pytest.param("median", median_model, cases.FULL_RANK, marks=pytest.mark.slow),
         ("lasso", lasso_model, cases.MEAN_FIELD),
         pytest.param("lasso", lasso_model, cases.FULL_RANK, marks=pytest.mark.slow),
     ],
@@ -130,6 +130,7 @@ def shrinkage_model(host):
     return model
 
 
+@pytest.mark.slow
 def test_kinks_of_many_coordinates(backend):
     """Beyond 256 coordinates the diagonal of E_q[H] is from secants along all coordinates at once."""
     y = np.random.default_rng(3).normal(scale=1.2, size=300)

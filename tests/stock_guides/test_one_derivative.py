@@ -30,7 +30,7 @@ once = poisson(lambda host: host.exp_of_one_derivative)
 @pytest.mark.parametrize(
     ("guide", "options"),
     [
-        ("AutoMultivariateNormal", {}),
+        pytest.param("AutoMultivariateNormal", {}, marks=pytest.mark.slow),
         ("AutoNormal", {}),
         ("AutoNormal", {"estimator": "hutchinson"}),
         ("AutoNormal", {"learning_rate": 0.5}),

@@ -51,14 +51,14 @@ def small(fit) -> set[str]:
     return {name.removesuffix("_unconstrained") for name in fit.optimizer_state.layout.small}
 
 
-CASES = {
-    "full rank": (sampled, "AutoMultivariateNormal", {}),
-    "mean field, rate 1/2": (sampled, "AutoNormal", {"learning_rate": 0.5}),
-    "parameters": (learned, "AutoMultivariateNormal", {}),
-}
+CASES = [
+    pytest.param(sampled, "AutoMultivariateNormal", {}, id="full rank"),
+    pytest.param(sampled, "AutoNormal", {"learning_rate": 0.5}, id="mean field, rate 1/2", marks=pytest.mark.slow),
+    pytest.param(learned, "AutoMultivariateNormal", {}, id="parameters", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize(("make", "guide", "options"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("make", "guide", "options"), CASES)
 def test_the_same_steps_are_taken(backend, make, guide, options, monkeypatch):
     def fit():
         return backend.start(make, stock(guide), (positions(), counts()), **options).run(3)
