@@ -347,11 +347,13 @@ def _fresh(
     pool = state.recycling.pool
     if num_finite:
         pool = recycled.append(pool, blocks, state.loc, scales, *(array[:num_finite] for array in found))
-    identity = torch.eye(pairs.shape[-1], dtype=pairs.dtype, device=pairs.device)
-    columns, away = (recycled.scaled(blocks, scales, vectors) for vectors in (identity, pairs))
-    _, _, gradients, hessians = found
-    traces = torch.einsum("kpab,ab->k", hessians, columns.T @ columns) / 2
-    misses = _missed.misses(traces, (away * gradients).sum((1, 2)) / 2)
+    misses = False
+    if state.recycling.missed is not None and chords is None:
+        identity = torch.eye(pairs.shape[-1], dtype=pairs.dtype, device=pairs.device)
+        columns, away = (recycled.scaled(blocks, scales, vectors) for vectors in (identity, pairs))
+        _, _, gradients, hessians = found
+        traces = torch.einsum("kpab,ab->k", hessians, columns.T @ columns) / 2
+        misses = _missed.misses(traces, (away * gradients).sum((1, 2)) / 2)
     return pool, losses, num_finite == len(pairs), misses, cost * losses.numel()
 
 
