@@ -14,6 +14,16 @@ it; at a kink, as of |z|, no draw has any. A step *misses* curvature where, over
 a step of one pair says nothing. Once a fifth of the last steps did, in an average over sixteen, the curvature is that
 of secants from the next step on (`gradients/secant.py`), whose chords are as long as q is wide. The draws that were
 kept are forgotten with what they missed, and so is the noise that the rate was cut for.
+
+Far from the optimum q may be too wide for a curvature that is none of its own there, and secants have noise where
+Hessians have none, in directions that are flat at every draw. So every sixth step is a *look*: beside the secants that
+it takes, the Hessians at its draws. It shows the curvature where each of its pairs has some, of what the others see and
+of the D that there is at the fixed point, S = E_q[∇²ℓ]:
+
+    least t ≥ mean of u / 5  and  ≥ D / 50,
+
+and the next one comes after one step then. After four in a row that did Hessians are back, and the rule begins anew as
+before; every time it takes four times as many.
 """
 
 from __future__ import annotations
@@ -27,6 +37,7 @@ from jax import Array
 __all__ = ["Missed", "after", "init", "misses"]
 
 SHORT, OFTEN, MEMORY = 0.25, 0.2, 16.0
+LOOKS, LONGER, SOON, LATER = 4, 4, 1, 5
 
 
 @jax.tree_util.register_dataclass
@@ -35,26 +46,54 @@ class Missed:
     """Carried between steps.
 
     Attributes:
-        share: of the last steps, those that missed curvature.
+        share: of the last steps by Hessians, those that missed curvature; 0 during secants.
         secants: whether it is that of secants from now on.
+        wait: steps before the next look.
+        shown: looks in a row, the last ones, that showed curvature.
+        needed: so many bring Hessians back.
     """
 
     share: Array
     secants: Array
+    wait: Array
+    shown: Array
+    needed: Array
+
+    @property
+    def look(self) -> Array:
+        """Whether the next step is one."""
+        return self.secants & (self.wait == 0)
 
 
 def init(like: Array) -> Missed:
-    return Missed(share=jnp.zeros((), like.dtype), secants=jnp.zeros((), bool))
+    none = jnp.zeros((), jnp.int32)
+    return Missed(jnp.zeros((), like.dtype), jnp.zeros((), bool), wait=none + LATER, shown=none, needed=none + LOOKS)
 
 
-def misses(traces: Array, chords: Array, there: Array) -> Array:
-    """Whether a step does, from t and u of its pairs, [K], those that are `there`."""
+def misses(missed: Missed, traces: Array, chords: Array, size: int, there: Array) -> Array:
+    """Whether a step by Hessians does, or at a look they would, in `size` coordinates.
+
+    Args:
+        traces, chords: t and u of the pairs, [K].
+        there: which of the pairs are.
+    """
     traces, chords = (jnp.where(there, values, jnp.nan) for values in (traces, chords))
     mean = jnp.nanmean(chords)
-    return (mean > 0) & (jnp.nanmedian(traces) < SHORT * mean)
+    least = jnp.where(there, traces, jnp.inf).min()
+    shows = least >= jnp.maximum(mean / 5, size / 50)
+    return jnp.where(missed.secants, ~shows, (mean > 0) & (jnp.nanmedian(traces) < SHORT * mean))
 
 
 def after(missed: Missed, step: Array) -> Missed:
     """The next state, after a step that did or did not."""
-    share = missed.share + (step.astype(missed.share.dtype) - missed.share) / MEMORY
-    return Missed(share=share, secants=missed.secants | (share > OFTEN))
+    share = jnp.where(missed.secants, 0, missed.share + (step.astype(missed.share.dtype) - missed.share) / MEMORY)
+    shown = jnp.where(missed.look, jnp.where(step, 0, missed.shown + 1), missed.shown)
+    back = shown == missed.needed
+    waited = jnp.where(missed.secants, missed.wait - 1, LATER)
+    return Missed(
+        share=share,
+        secants=(missed.secants & ~back) | (share > OFTEN),
+        wait=jnp.where(missed.look, jnp.where((shown > 0) & ~back, SOON, LATER), waited),
+        shown=jnp.where(back, 0, shown),
+        needed=jnp.where(back, LONGER * missed.needed, missed.needed),
+    )

@@ -7,7 +7,7 @@ what the last one did is noise.
 0. Begin further along the drift of the last steps, if there is one and the draws of this step are for it (`_drift.py`).
    It is followed once sixteen pairs are there, and while they are worth less than 2 D draws, with which 3 does not get
    along.
-1. Draw a few antithetic pairs into the pool, with their Hessians, or secants once these miss curvature (`_missed.py`),
+1. Draw a few antithetic pairs into the pool, with their Hessians, or secants while these miss curvature (`_missed.py`),
    each pair at right angles to the ones before it (`gradients/orthogonal.py`; V does not know it, and is a bound): at
    first one a step; twice as many, up to `num_draws`, from then on whenever the natural gradient is inside its own
    error or a step finds nothing to take, or sixteen pairs are worth little more than the last: in hundreds of
@@ -211,9 +211,12 @@ def step(
     assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
     by_hessians: Any = partial(hessians_at, split=split, forward=forward)
     by_secants: Any = partial(secants_at, forward=forward)
-    curvatures_at = by_hessians if chords is None else by_secants
-    if recycling.missed is not None:
-        curvatures_at = _either(recycling.missed.secants, by_secants, by_hessians)
+
+    def curvatures_at(look: Array, *args: Any) -> tuple[Any, ...]:
+        if recycling.missed is None:
+            return (by_hessians if chords is None else by_secants)(*args)
+        return _either(recycling.missed.secants & ~look, by_secants, by_hessians, *args)
+
     num_drawn, pool, losses, usable, misses, evaluations = _fresh(
         state, objective, blocks, noise, chords, temperature, curvatures_at
     )
@@ -321,7 +324,7 @@ def step(
     missed = recycling.missed
     if missed is not None:
         missed = select(usable & (num_drawn > 1), _missed.after(missed, misses), missed)
-        turned = missed.secants & ~recycling.missed.secants
+        turned = missed.secants ^ recycling.missed.secants
         pool = recycled.emptied(pool, turned)
         rates = select(turned, _rate.init(state.loc), rates)
     recycling = replace(recycling, pool=pool, num_pairs=num_pairs, taken=taken, drift=drift, missed=missed)
@@ -365,18 +368,17 @@ def _drifted(
     return replace(state, loc=after_loc, precision=after_precision, recycling=recycling), went_on, extra_losses
 
 
-def _either(condition: Array, one: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
-    """One way to the curvatures, losses, gradients and their cost, or the other."""
+def _either(
+    condition: Array, one: Callable[..., tuple[Any, ...]], other: Callable[..., tuple[Any, ...]], *args: Any
+) -> tuple[Any, ...]:
+    """Curvatures, losses, gradients and their cost, the one way or the other."""
 
-    def curvatures_at(*args: Any) -> tuple[Any, ...]:
-        def without_extras(way: Callable[..., Any], draws: Draws) -> tuple[Array, ...]:
-            curvatures, losses, gradients, _, _, cost = way(*args[:4], draws, *args[5:])
-            return curvatures, losses, gradients, jnp.asarray(cost, losses.dtype)
+    def without_extras(way: Callable[..., Any], draws: Draws) -> tuple[Array, ...]:
+        curvatures, losses, gradients, _, _, cost = way(*args[:4], draws, *args[5:])
+        return curvatures, losses, gradients, jnp.asarray(cost, losses.dtype)
 
-        *found, cost = lax.cond(condition, partial(without_extras, one), partial(without_extras, other), args[4])
-        return *found, {}, None, cost
-
-    return curvatures_at
+    *found, cost = lax.cond(condition, partial(without_extras, one), partial(without_extras, other), args[4])
+    return *found, {}, None, cost
 
 
 def _fresh(
@@ -395,26 +397,37 @@ def _fresh(
     _, log_determinant = recycled.standardized(blocks, state.loc, scales, state.loc)
     constant = log_determinant + len(state.loc) * jnp.log(2 * jnp.pi) / (2 * temperature)
 
+    num_pairs, missed = state.recycling.num_pairs, state.recycling.missed
+    max_pairs, size, dtype = *noise.shape, state.loc.dtype
+    spread = recycled.scaled(blocks, scales, jnp.eye(size, dtype=dtype))  # Cᵀ
+
     def draw(carry):
-        number, found, _, evaluations = carry
-        pair = Draws.at(_pair(noise[number]))
+        number, found, traces, _, evaluations = carry
+        look = number >= num_pairs  # at the same pairs again, whose Hessians go into a row to spare
+        place, row = number % num_pairs, jnp.where(look, max_pairs, number)
+        pair = Draws.at(_pair(noise[place]))
         if chords is not None:
-            pair = pair._replace(chords=Chords(*(chord[None, number] for chord in chords)).mirrored())
-        hessians, values, gradients, _, _, cost = curvatures_at(objective, state.loc, scales, {}, pair, blocks)
-        finite = all_finite(values, gradients, hessians)
+            pair = pair._replace(chords=Chords(*(chord[None, place] for chord in chords)).mirrored())
+        hessians, values, gradients, _, _, cost = curvatures_at(look, objective, state.loc, scales, {}, pair, blocks)
+        finite = look | all_finite(values, gradients, hessians)
         found = tuple(
-            lax.dynamic_update_index_in_dim(stack, value, number, 0)
+            lax.dynamic_update_index_in_dim(stack, value, row, 0)
             for stack, value in zip(found, (values, gradients, hessians), strict=True)
         )
-        return number + 1, found, finite, evaluations + 2 * cost
+        if missed is not None:
+            traces = traces.at[place].set(jnp.einsum("pab,ab->", hessians, spread.T @ spread) / 2)
+        return number + 1, found, traces, finite, evaluations + 2 * cost
 
-    max_pairs, size, dtype = *noise.shape, state.loc.dtype
-    nothing = tuple(jnp.zeros((max_pairs, 2, *shape), dtype) for shape in ((), (size,), (size, size)))
-    number, (losses, gradients, hessians), usable, evaluations = lax.while_loop(
-        lambda carry: (carry[0] < state.recycling.num_pairs) & carry[2],
-        draw,
-        (jnp.zeros((), jnp.int32), nothing, jnp.ones((), bool), jnp.zeros((), dtype)),
+    rows, turns = (
+        (max_pairs, num_pairs) if missed is None else (max_pairs + 1, jnp.where(missed.look, 2, 1) * num_pairs)
     )
+    nothing = tuple(jnp.zeros((rows, 2, *shape), dtype) for shape in ((), (size,), (size, size)))
+    number, found, traces, usable, evaluations = lax.while_loop(
+        lambda carry: (carry[0] < turns) & carry[3],
+        draw,
+        (jnp.zeros((), jnp.int32), nothing, jnp.zeros(max_pairs, dtype), jnp.ones((), bool), jnp.zeros((), dtype)),
+    )
+    number, (losses, gradients, hessians) = jnp.minimum(number, num_pairs), (stack[:max_pairs] for stack in found)
     pairs = jnp.stack([noise, -noise], 1)
     energies = losses + constant + (pairs**2).sum(-1) / (2 * temperature)  # ℓ/τ
     num_finite = number - (~usable).astype(jnp.int32)
@@ -426,9 +439,10 @@ def _fresh(
     pool = recycled.append(
         state.recycling.pool, blocks, state.loc, scales, pairs, energies, gradients, hessians, num_finite
     )
-    columns, away = (recycled.scaled(blocks, scales, vectors) for vectors in (jnp.eye(size, dtype=dtype), pairs))
-    traces = jnp.einsum("kpab,ab->k", hessians, columns.T @ columns) / 2
-    misses = _missed.misses(traces, (away * gradients).sum((1, 2)) / 2, there)
+    misses = jnp.zeros((), bool)
+    if missed is not None:
+        away = recycled.scaled(blocks, scales, pairs)
+        misses = _missed.misses(missed, traces, (away * gradients).sum((1, 2)) / 2, size, there)
     return number, pool, losses, usable, misses, evaluations
 
 

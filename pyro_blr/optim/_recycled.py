@@ -7,7 +7,7 @@ what the last one did is noise.
 0. Begin further along the drift of the last steps, if there is one and the draws of this step are for it (`_drift.py`).
    It is followed once sixteen pairs are there, and while they are worth less than 2 D draws, with which 3 does not get
    along.
-1. Draw a few antithetic pairs into the pool, with their Hessians, or secants once these miss curvature (`_missed.py`),
+1. Draw a few antithetic pairs into the pool, with their Hessians, or secants while these miss curvature (`_missed.py`),
    each pair at right angles to the ones before it (`gradients/orthogonal.py`; V does not know it, and is a bound): at
    first one a step; twice as many, up to `num_draws`, from then on whenever the natural gradient is inside its own
    error or a step finds nothing to take, or sixteen pairs are worth little more than the last: in hundreds of
@@ -203,11 +203,9 @@ def step(
 
     before, (state, went_on, extra_losses) = state, _drifted(state, blocks, losses_around)
     assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
-    curvatures_at: Any = partial(hessians_at, split=split, differences=differences)
-    if chords is not None:
-        curvatures_at = secants_at
+    by_hessians: Any = partial(hessians_at, split=split, differences=differences)
     pool, losses, usable, misses, evaluations = _fresh(
-        state, objective, blocks, pairs, draws, chords, temperature, curvatures_at
+        state, objective, blocks, pairs, draws, chords, temperature, by_hessians
     )
 
     def place(loc: Tensor, precision: DensePrecision, scales: tuple[Any, ...]) -> _Place:
@@ -288,7 +286,7 @@ def step(
     missed = recycling.missed
     if missed is not None and len(pairs) > 1:
         missed = _missed.after(missed, misses)
-        if missed.secants and chords is None:
+        if missed.secants != recycling.missed.secants:
             pool, rates = recycled.emptied(pool, True), _rate.init(state.loc)
     kept = replace(
         state,
@@ -328,7 +326,7 @@ def _fresh(
     draws: Draws,
     chords: Chords | None,
     temperature: float,
-    curvatures_at: Callable[..., tuple[Any, ...]],
+    by_hessians: Callable[..., tuple[Any, ...]],
 ) -> tuple[recycled.Pool, Tensor, bool, bool, int]:
     """The pool with the pairs up to the first that is not finite, all losses, [K, 2], whether there is none, whether
     they miss curvature, and the gradients that they took.
@@ -338,6 +336,7 @@ def _fresh(
     constant = log_determinant + len(state.loc) * math.log(2 * math.pi) / (2 * temperature)
     if chords is not None:
         draws = draws._replace(chords=Chords(*(chord[: len(pairs)] for chord in chords)).mirrored(1))
+    curvatures_at = by_hessians if chords is None else secants_at
     hessians, losses, gradients, _, cost = curvatures_at(objective, state.loc, scales, None, draws, blocks)
     losses = losses.reshape(-1, 2)
     energies = losses + constant + (pairs**2).sum(-1) / (2 * temperature)  # ℓ/τ
@@ -347,13 +346,15 @@ def _fresh(
     pool = state.recycling.pool
     if num_finite:
         pool = recycled.append(pool, blocks, state.loc, scales, *(array[:num_finite] for array in found))
-    misses = False
-    if state.recycling.missed is not None and chords is None:
+    misses, missed = False, state.recycling.missed
+    if missed is not None and (missed.look or not missed.secants):
+        if missed.look:
+            hessians, *_, more = by_hessians(objective, state.loc, scales, None, draws, blocks)
+            cost += more
         identity = torch.eye(pairs.shape[-1], dtype=pairs.dtype, device=pairs.device)
         columns, away = (recycled.scaled(blocks, scales, vectors) for vectors in (identity, pairs))
-        _, _, gradients, hessians = found
-        traces = torch.einsum("kpab,ab->k", hessians, columns.T @ columns) / 2
-        misses = _missed.misses(traces, (away * gradients).sum((1, 2)) / 2)
+        traces = torch.einsum("kpab,ab->k", hessians.reshape(*pairs.shape, -1), columns.T @ columns) / 2
+        misses = _missed.misses(missed, traces, (away * gradients.reshape(pairs.shape)).sum((1, 2)) / 2, len(identity))
     return pool, losses, num_finite == len(pairs), misses, cost * losses.numel()
 
 

@@ -16,10 +16,17 @@ from tests.stock_guides import test_kinks
 from tests.stock_guides.test_kinks import counts_model, data, written_out_model
 
 
-def misses(backend, traces, chords) -> bool:
-    arrays = [np.asarray(values, float) for values in (traces, chords)]
-    arrays += [np.full(len(traces), True)] if backend.name == "numpyro" else []
-    return bool(backend.module("optim._missed").misses(*map(backend.array, arrays)))
+def fresh(backend, secants=False):
+    """Nothing missed so far, or just turned to secants."""
+    module = backend.module("optim._missed")
+    state = module.init(backend.array(np.zeros(2))) if backend.name == "numpyro" else module.init()
+    return replace(state, secants=backend.scalar(secants, state.secants))
+
+
+def misses(backend, traces, chords, secants=False) -> bool:
+    arrays = [backend.array(np.asarray(values, float)) for values in (traces, chords)]
+    there = [backend.array(np.full(len(traces), True))] if backend.name == "numpyro" else []
+    return bool(backend.module("optim._missed").misses(fresh(backend, secants), *arrays, 20, *there))
 
 
 @pytest.mark.parametrize(
@@ -37,20 +44,62 @@ def test_a_step_misses_curvature_of_which_most_draws_have_next_to_nothing(backen
     assert misses(backend, traces, chords) == missed
 
 
-def test_pairs_that_are_not_there_do_not_count(numpyro_bridge):
-    arrays = map(numpyro_bridge.array, (np.array([0.0, 2.0, 0.0]), np.array([2.0, 2.0, 1e9]), np.arange(3) < 2))
-    assert not bool(numpyro_bridge.module("optim._missed").misses(*arrays))
+@pytest.mark.parametrize(
+    ("traces", "chords", "missed"),
+    [
+        ([3.0, 3.0, 3.0, 3.0], [0.5, 9.0, 2.0, 4.0], False),
+        ([2.0, 9.0, 30.0, 4.0], [9.0, 11.0, 9.0, 11.0], False),  # the least has a fifth
+        ([1.9, 9.0, 30.0, 4.0], [9.0, 11.0, 9.0, 11.0], True),
+        ([0.4, 0.4, 0.4, 0.4], [0.4, 0.4, 0.4, 0.4], False),  # a fiftieth of that of the fixed point, 20
+        ([0.3, 0.3, 0.3, 0.3], [0.3, 0.3, 0.3, 0.3], True),  # no more than the prior's
+        ([0.0, 0.0, 0.0, 0.0], [2.0, 1.0, 2.0, 3.0], True),
+    ],
+)
+def test_a_look_shows_curvature_if_every_pair_has_some(backend, traces, chords, missed):
+    assert misses(backend, traces, chords, secants=True) == missed
+
+
+@pytest.mark.parametrize("secants", [False, True])
+def test_pairs_that_are_not_there_do_not_count(numpyro_bridge, secants):
+    traces, chords = map(numpyro_bridge.array, (np.array([0.6, 2.0, 0.0]), np.array([2.0, 2.0, 1e9])))
+    there = numpyro_bridge.array(np.arange(3) < 2)
+    assert not bool(
+        numpyro_bridge.module("optim._missed").misses(fresh(numpyro_bridge, secants), traces, chords, 2, there)
+    )
 
 
 @pytest.mark.parametrize(
     ("steps", "secants"), [("111", False), ("1111", True), ("11110000", True), (9 * "10000000", False)]
 )
 def test_a_fifth_of_the_last_steps_is_enough(backend, steps, secants):
-    module = backend.module("optim._missed")
-    state = module.init(backend.array(np.zeros(2))) if backend.name == "numpyro" else module.init()
+    assert bool(followed(backend, fresh(backend), steps)[0].secants) == secants
+
+
+def followed(backend, state, steps):
+    """The state after `steps` that missed curvature, 1, or did not; and which were by Hessians, by secants, a look."""
+    ways = ""
     for missed in steps:
-        state = module.after(state, backend.array(np.array(missed == "1")))
-    assert bool(state.secants) == secants
+        ways += "l" if bool(state.look) else "s" if bool(state.secants) else "h"
+        state = backend.module("optim._missed").after(state, backend.array(np.array(missed == "1")))
+    return state, ways
+
+
+def test_every_sixth_step_of_secants_is_a_look_and_more_while_it_shows_curvature(backend):
+    state, ways = followed(backend, fresh(backend, secants=True), 5 * "0" + "1" + 5 * "0" + "0" + "01" + "00")
+    assert ways == "sssssl" + "sssssl" + "sl" + "ss"
+    assert bool(state.secants) and int(state.shown) == 0
+
+
+def test_four_looks_in_a_row_that_show_curvature_bring_hessians_back(backend):
+    state = fresh(backend, secants=True)
+    state, ways = followed(backend, state, 12 * "0")
+    assert ways == "sssssl" + 3 * "sl" and not bool(state.secants)
+    assert (float(state.share), int(state.shown), int(state.needed)) == (0, 0, 16)
+    state, ways = followed(backend, state, "1111")  # and when they miss it again, it takes sixteen
+    assert ways == "hhhh" and bool(state.secants)
+    state, ways = followed(backend, state, (6 + 14 * 2) * "0")
+    assert bool(state.secants) and int(state.shown) == 15
+    assert not bool(followed(backend, state, "00")[0].secants)
 
 
 NOISE = np.random.default_rng(0).normal(size=(4, 2))
@@ -60,8 +109,11 @@ def kinks(xp, z):
     return 5 * xp.abs(z).sum() + (z**2).sum() / 20
 
 
-def after_a_step(backend, num_pairs, share, loss=kinks):
-    """The state after one step from N(0, I), where that share of the last steps missed curvature."""
+def after_a_step(backend, num_pairs, share, loss=kinks, look=None):
+    """The state after one step from N(0, I), where that share of the last steps missed curvature.
+
+    `look`: the step is one, of secants, after so many that showed the curvature.
+    """
     blocks, rule = backend.blocks(PARTS), backend.module("optim._recycled")
     extras, xp = backend.gradients.Extras(aux=None), backend.xp
 
@@ -73,6 +125,9 @@ def after_a_step(backend, num_pairs, share, loss=kinks):
     scales = backend.blr.scales_of(made.precision, blocks, 1.0)
     state = backend.blr.init(made.loc, made.precision, rule.init(made.loc, scales, 4, may_miss=True))
     missed = replace(state.recycling.missed, share=backend.scalar(share, state.recycling.missed.share))
+    if look is not None:
+        now = {"secants": True, "wait": 0, "shown": look}
+        missed = replace(missed, **{name: backend.scalar(value, getattr(missed, name)) for name, value in now.items()})
     pairs = backend.scalar(num_pairs, state.recycling.num_pairs)
     state = replace(
         state,
@@ -80,7 +135,7 @@ def after_a_step(backend, num_pairs, share, loss=kinks):
         recycling=replace(state.recycling, missed=missed, num_pairs=pairs),
     )
     noise, chords = backend.array(NOISE), None
-    if backend.name == "numpyro":  # whose program has both ways in it
+    if look is not None or backend.name == "numpyro":  # whose program has both ways in it
         chords = backend.module("gradients.secant").chords(backend.source_of_noise(0), 4, 2, made.loc)
     step = backend.compiled(
         lambda state: rule.step(state, objective, blocks, noise, 1.0, backend.digest(0), chords=chords)
@@ -92,7 +147,7 @@ def test_both_traces_are_those_of_a_quadratic(backend, monkeypatch):
     """t = tr H at every pair of N(0, I), and u = εᵀ H ε."""
     module, along = backend.module("optim._missed"), 3 * NOISE[:, 0] ** 2 + NOISE[:, 1] ** 2
 
-    def exact(traces, chords, *there):
+    def exact(_, traces, chords, size, *there):
         same = (abs(traces - 4).max() < 1e-12) & (abs(chords - backend.array(along)).max() < 1e-12)
         return same if there else bool(same)
 
@@ -111,9 +166,31 @@ def test_with_the_turn_to_secants_the_rule_begins_anew(backend):
     assert float(going_on.rate.noisy_steps) >= 9
 
 
-def test_a_step_of_one_pair_says_nothing(backend):
-    missed = after_a_step(backend, 1, 0.19).recycling.missed
-    assert float(missed.share) == 0.19 and not bool(missed.secants)
+def test_with_the_turn_back_it_begins_anew_as_well(backend):
+    def bowl(xp, z):
+        return (z**2).sum()
+
+    back, going_on = (after_a_step(backend, 4, 0.0, bowl, look) for look in (3, 2))
+    assert not bool(back.recycling.missed.secants) and bool(going_on.recycling.missed.secants)
+    assert (int(back.recycling.pool.count), int(going_on.recycling.pool.count)) == (0, 4)
+    assert float(back.rate.noisy_steps) == 0 and float(going_on.rate.noisy_steps) >= 9
+
+
+def test_what_a_look_sees_is_not_kept(backend):
+    """Of Hessians without the kinks the estimate would be too flat by their share, for ever."""
+    state = after_a_step(backend, 4, 0.0, kinks, 3)
+    assert int(state.recycling.missed.shown) == 0 and int(state.recycling.pool.count) == 4
+    hessians = np.asarray(state.recycling.pool.hessians[:4]).reshape(4, 2, 2, 2)
+    assert (np.trace(hessians, axis1=2, axis2=3).mean(1) > 1).all()  # 0.2 by Hessians
+    assert float(state.evaluations) == 4 * 2 * ((2 * 2 + 1) + (2 + 1) + 1)  # secants, Hessians and losses of a proposal
+
+
+@pytest.mark.parametrize("look", [None, 3])
+def test_a_step_of_one_pair_says_nothing(backend, look):
+    share = 0.19 if look is None else 0.0
+    missed = after_a_step(backend, 1, share, look=look).recycling.missed
+    assert float(missed.share) == share and bool(missed.secants) == (look is not None)
+    assert look is None or (int(missed.shown), int(missed.wait)) == (3, 0)
 
 
 def test_where_nothing_is_missed_steps_are_those_of_hessians(backend):
@@ -205,6 +282,41 @@ def test_separated_classes_under_a_wide_prior(backend):
     assert bool(fit.optimizer_state.secants)
     ((loc, covariance),) = fit.gaussians().values()
     assert -1e-4 < negative_elbo(loc, np.linalg.cholesky(covariance)) - least() < 2
+
+
+@functools.cache
+def steep() -> tuple[np.ndarray, np.ndarray]:
+    """Classes that overlap, by columns up to 10⁶ in size: the Hessian has a condition of 10¹²."""
+    random = np.random.default_rng(0)
+    axes, _ = np.linalg.qr(random.normal(size=(8, 8)))
+    x = random.normal(size=(60, 8)) @ (axes * np.logspace(0, 6, 8)) @ axes.T
+    logits = x @ random.normal(size=8)
+    return x, 1.0 * (random.uniform(size=60) < 1 / (1 + np.exp(-3 * logits / logits.std())))
+
+
+@pytest.mark.slow
+def test_hessians_are_back_where_curvature_was_missed_for_the_distance_alone(backend):
+    """From a start at which every draw is far from where the likelihood bends; by secants alone the gap stays 1,400.
+
+    The negative ELBO is convex in the mean and the scales (Challis & Barber 2013), and a point at which its gradient
+    vanishes is the optimum: from there it is r²/2 + Σ (σ² E_q[h] − 1)²/4, to second order.
+    """
+    (x, y), fit = steep(), backend.start(classes_model(1.0), cases.MEAN_FIELD.make, steep())
+    assert bool(fit.run(20).optimizer_state.secants)
+    fit = fit.run(150)
+    missed = fit.optimizer_state.gaussian.recycling.missed
+    assert not bool(missed.secants) and int(missed.needed) == 16
+
+    ((loc, covariance),) = fit.gaussians().values()
+    variance = np.diag(covariance)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    logits = (x @ loc)[:, None] + np.sqrt(x**2 @ variance)[:, None] * nodes
+    likely = 1 / (1 + np.exp(-logits))
+    mean, bend = (values @ weights / weights.sum() for values in (likely, likely * (1 - likely)))
+    gradient, hessian = x.T @ (mean - y) + loc, (x.T * bend) @ x + np.eye(8)
+    factor = np.sqrt(np.diag(hessian))  # whose equilibration leaves digits to solve with
+    residual = (gradient / factor) @ np.linalg.solve(hessian / np.outer(factor, factor), gradient / factor)
+    assert residual / 2 + ((variance * np.diag(hessian) - 1) ** 2).sum() / 4 < 0.2
 
 
 def affine_model(host):
