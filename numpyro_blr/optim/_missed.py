@@ -20,7 +20,7 @@ Hessians have none, in directions that are flat at every draw. So every sixth st
 it takes, the Hessians at its draws. It shows the curvature where each of its pairs has some, of what the others see and
 of the D that there is at the fixed point, S = E_q[∇²ℓ]:
 
-    least t ≥ mean of u / 5  and  ≥ D / 50,
+    least t ≥ mean of u / 5  and  ≥ D / 20,
 
 and the next one comes after one step then. After four in a row that did Hessians are back, and the rule begins anew as
 before; every time it takes four times as many.
@@ -80,7 +80,7 @@ def misses(missed: Missed, traces: Array, chords: Array, size: int, there: Array
     traces, chords = (jnp.where(there, values, jnp.nan) for values in (traces, chords))
     mean = jnp.nanmean(chords)
     least = jnp.where(there, traces, jnp.inf).min()
-    shows = least >= jnp.maximum(mean / 5, size / 50)
+    shows = least >= jnp.maximum(mean / 5, size / 20)
     return jnp.where(missed.secants, ~shows, (mean > 0) & (jnp.nanmedian(traces) < SHORT * mean))
 
 

@@ -20,7 +20,7 @@ Hessians have none, in directions that are flat at every draw. So every sixth st
 it takes, the Hessians at its draws. It shows the curvature where each of its pairs has some, of what the others see and
 of the D that there is at the fixed point, S = E_q[∇²ℓ]:
 
-    least t ≥ mean of u / 5  and  ≥ D / 50,
+    least t ≥ mean of u / 5  and  ≥ D / 20,
 
 and the next one comes after one step then. After four in a row that did Hessians are back, and the rule begins anew as
 before; every time it takes four times as many.
@@ -74,7 +74,7 @@ def misses(missed: Missed, traces: Tensor, chords: Tensor, size: int) -> bool:
     """
     mean = chords.mean()
     if missed.secants:
-        return not bool(traces.min() >= (mean / 5).clamp(min=size / 50))
+        return not bool(traces.min() >= (mean / 5).clamp(min=size / 20))
     return bool((mean > 0) & (traces.quantile(0.5) < SHORT * mean))
 
 

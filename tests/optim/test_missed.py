@@ -50,8 +50,8 @@ def test_a_step_misses_curvature_of_which_most_draws_have_next_to_nothing(backen
         ([3.0, 3.0, 3.0, 3.0], [0.5, 9.0, 2.0, 4.0], False),
         ([2.0, 9.0, 30.0, 4.0], [9.0, 11.0, 9.0, 11.0], False),  # the least has a fifth
         ([1.9, 9.0, 30.0, 4.0], [9.0, 11.0, 9.0, 11.0], True),
-        ([0.4, 0.4, 0.4, 0.4], [0.4, 0.4, 0.4, 0.4], False),  # a fiftieth of that of the fixed point, 20
-        ([0.3, 0.3, 0.3, 0.3], [0.3, 0.3, 0.3, 0.3], True),  # no more than the prior's
+        ([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], False),  # a twentieth of that of the fixed point, 20
+        ([0.9, 0.9, 0.9, 0.9], [0.9, 0.9, 0.9, 0.9], True),  # no more than the prior's
         ([0.0, 0.0, 0.0, 0.0], [2.0, 1.0, 2.0, 3.0], True),
     ],
 )
