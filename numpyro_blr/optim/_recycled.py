@@ -399,7 +399,8 @@ def _fresh(
 
     num_pairs, missed = state.recycling.num_pairs, state.recycling.missed
     max_pairs, size, dtype = *noise.shape, state.loc.dtype
-    spread = recycled.scaled(blocks, scales, jnp.eye(size, dtype=dtype))  # Cᵀ
+    columns = recycled.scaled(blocks, scales, jnp.eye(size, dtype=dtype))  # Cᵀ
+    covariance = columns.T @ columns
 
     def draw(carry):
         number, found, traces, _, evaluations = carry
@@ -415,7 +416,7 @@ def _fresh(
             for stack, value in zip(found, (values, gradients, hessians), strict=True)
         )
         if missed is not None:
-            traces = traces.at[place].set(jnp.einsum("pab,ab->", hessians, spread.T @ spread) / 2)
+            traces = traces.at[place].set(jnp.einsum("pab,ab->", hessians, covariance) / 2)
         return number + 1, found, traces, finite, evaluations + 2 * cost
 
     rows, turns = (

@@ -296,14 +296,16 @@ def steep() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.slow
 def test_hessians_are_back_where_curvature_was_missed_for_the_distance_alone(backend):
-    """From a start at which every draw is far from where the likelihood bends; by secants alone the gap stays 1,400.
+    """From a start at which every draw is far from where the likelihood bends.
+
+    By secants alone the gap is 1,476 nats after as many steps in NumPyro, 20 in Pyro.
 
     The negative ELBO is convex in the mean and the scales (Challis & Barber 2013), and a point at which its gradient
     vanishes is the optimum: from there it is r²/2 + Σ (σ² E_q[h] − 1)²/4, to second order.
     """
-    (x, y), fit = steep(), backend.start(classes_model(1.0), cases.MEAN_FIELD.make, steep())
-    assert bool(fit.run(20).optimizer_state.secants)
-    fit = fit.run(150)
+    (x, y), fit = steep(), backend.start(classes_model(1.0), cases.MEAN_FIELD.make, steep()).run(20)
+    assert bool(fit.optimizer_state.secants)
+    fit = fit.run(130)
     missed = fit.optimizer_state.gaussian.recycling.missed
     assert not bool(missed.secants) and int(missed.needed) == 16
 
