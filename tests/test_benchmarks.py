@@ -203,6 +203,7 @@ def test_the_data_are_asked_for_by_name(load, tmp_path):
         load("_posteriors").load(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["numpyro", "pyro"])
 def test_the_first_step_on_a_sparse_gaussian_process_is_the_collapsed_bound(load, host, request):
     """log N(y | 0, Q + σ² I) − tr(K − Q)/2σ² (Titsias 2009), and the benchmark's own formula says so."""

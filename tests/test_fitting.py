@@ -300,7 +300,7 @@ def switched(host):
 
     def model(x):
         weight = host.sample("weight", host.dist.Beta(host.array(1.0), 1.0))
-        for i in range(4):
+        for i in range(3):
             choice = host.sample(f"choice_{i}", host.dist.Bernoulli(weight))
             host.sample(f"x_{i}", host.dist.Normal(3.0 * choice, 1.0), obs=x[i])
 
@@ -312,7 +312,7 @@ def test_of_discrete_sites_that_it_does_not_cover_a_fit_says_another_way_out(bac
     pytest.importorskip("arviz")
     with backend.promotion(lax=True), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        result = backend.fit(switched, "AutoExponentialFamily", (np.array([0.0, 0.2, 3.0, 2.5]),))
+        result = backend.fit(switched, "AutoExponentialFamily", (np.array([0.0, 3.0, 0.2]),))
     assert result.converged and result.pareto_k > 0.7
     (text,) = [str(warning.message) for warning in said if issubclass(warning.category, UserWarning)]
     assert "does not cover the posterior" in text and text.endswith("a mixture distribution, or enumeration.")

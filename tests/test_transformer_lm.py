@@ -72,7 +72,7 @@ class Case:
 CHARACTERS = ("--optimizer", "adamw", "--tokens", "character")
 BYTE_PAIRS = ("--optimizer", "ivon", "--tokens", "bpe", "--positions", "rotary", "--tie", "--dtype", "bfloat16")
 CASES = [
-    pytest.param(Case("numpyro", CHARACTERS), id="numpyro-adamw"),
+    pytest.param(Case("numpyro", CHARACTERS), id="numpyro-adamw", marks=pytest.mark.slow),
     pytest.param(Case("numpyro", BYTE_PAIRS), id="numpyro-ivon", marks=pytest.mark.slow),  # XLA compiles for a minute
     pytest.param(Case("pyro", CHARACTERS), id="pyro-adamw", marks=pytest.mark.slow),
     pytest.param(Case("pyro", BYTE_PAIRS), id="pyro-ivon"),

@@ -23,21 +23,19 @@ learned_layouts = pytest.mark.parametrize(
 
 def estimate(backend, name, problem, parts, noise, probes=None, *, weight=None, **options):
     """One estimate by the package, at N(LOC, PRECISION⁻¹)."""
-    estimator = partial(getattr(backend.gradients, name), **options)
     weight = None if weight is None else backend.array(weight)
     objective = backend.objective(problem, parts, backend.array(noise), weight)
     draws = backend.draws(len(noise), None if probes is None else backend.array(probes))
-    return estimator(
-        objective, backend.array(LOC), backend.scales(PRECISION, parts), None, draws, backend.blocks(parts)
-    )
+    at = backend.array(LOC), backend.scales(PRECISION, parts), None, draws, backend.blocks(parts)
+    return backend.compiled(partial(getattr(backend.gradients, name), objective, *at, **options))()
 
 
 def first_order(backend, problem, parts, eps, *, weight=None):
     """One estimate by the stock gradient at the draw `eps`."""
     weight = None if weight is None else backend.array(weight)
     objective = backend.objective(problem, parts, backend.array(eps)[None], weight)
-    estimator = backend.first_order(dense=True)
-    return estimator(objective, backend.array(LOC), backend.scales(PRECISION, parts), None, None, backend.blocks(parts))
+    at = backend.array(LOC), backend.scales(PRECISION, parts), None, None, backend.blocks(parts)
+    return backend.compiled(partial(backend.first_order(dense=True), objective, *at))()
 
 
 def rademacher(random, *shape):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -39,15 +41,9 @@ def estimate(backend, problem, parts, noise, beside, along, probes=None, *, know
     draws = backend.draws(number, probes)
     if known:
         draws = backend.gradients.Draws.at(backend.xp.concatenate([noise, -noise]))
-    chords = backend.gradients.Chords(beside, along).mirrored()
-    return backend.gradients.secant(
-        backend.objective(problem, parts, noise),
-        backend.array(LOC),
-        backend.scales(PRECISION, parts),
-        None,
-        draws._replace(chords=chords),
-        backend.blocks(parts),
-    )
+    draws = draws._replace(chords=backend.gradients.Chords(beside, along).mirrored())
+    at = backend.array(LOC), backend.scales(PRECISION, parts), None, draws, backend.blocks(parts)
+    return backend.compiled(partial(backend.gradients.secant, backend.objective(problem, parts, noise), *at))()
 
 
 def randomness(random, *shape, num_directions=4):

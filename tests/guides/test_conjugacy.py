@@ -349,7 +349,7 @@ def test_sites_that_start_at_the_same_natural_parameters_are_told_apart(backend)
         def model(y):
             coins = [host.sample(f"coin_{name}", host.dist.Bernoulli(host.array(0.5))) for name in "ab"]
             for name in "ab":
-                host.sample(f"die_{name}", host.dist.Categorical(host.array([0.25] * 4)))
+                host.sample(f"die_{name}", host.dist.Categorical(host.array([0.5] * 2)))
             host.sample("y", host.dist.Normal(2.0 * coins[0] - 3.0 * coins[1], 1.0), obs=y)
 
         return model

@@ -67,7 +67,7 @@ def logistic_data() -> tuple[np.ndarray, np.ndarray]:
     return x, (random.uniform(size=30) < 1 / (1 + np.exp(-x @ np.array([1.0, -2.0])))).astype(float)
 
 
-def test_the_contributions_of_a_logistic_regression_sum_to_its_posterior_and_leave_one_out(backend):
+def test_the_contributions_of_a_logistic_regression_sum_to_its_posterior(backend):
     x, y = logistic_data()
     with backend.promotion(lax=True):
         fit = backend.start_families(logistic, (x, y), {}).run(30)
@@ -80,6 +80,14 @@ def test_the_contributions_of_a_logistic_regression_sum_to_its_posterior_and_lea
         # what is left is the Monte Carlo noise of the fit (8 draws a step) and of the contributions (256 draws)
         assert (np.abs(shift) < 0.2 * sds).all()
 
+
+@pytest.mark.slow
+def test_without_the_contribution_of_a_datum_is_the_posterior_without_the_datum(backend):
+    x, y = logistic_data()
+    with backend.promotion(lax=True):
+        fit = backend.start_families(logistic, (x, y), {}).run(30)
+        natural = fit.naturals()["weights"]
+        sds = np.sqrt(np.diag(np.linalg.inv(-2 * natural[1])))
         data = fit.contributions(plate="data")["weights"]["data"]
         left_out = [whole - part[0] for whole, part in zip(natural, data, strict=True)]
         refit = backend.start_families(logistic, (x[1:], y[1:]), {}).run(30).naturals()["weights"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -263,13 +264,10 @@ def test_forward_mode_is_reverse_mode_for_every_estimator(numpyro_bridge, random
     draws = numpyro_bridge.draws(2, probes)._replace(chords=chords)
     blocks = numpyro_bridge.blocks(parts)
     for estimator in (gradients.hessian, gradients.hutchinson, gradients.secant):
-        ends = [estimator(objective, loc, scales, None, draws, blocks, forward=forward) for forward in (False, True)]
-        check_same(*ends, rtol=1e-11, atol=1e-12)
-    ends = [
-        gradients.reparameterized(objective, loc, scales, None, blocks, dense=True, forward=forward)
-        for forward in (False, True)
-    ]
-    check_same(*ends, rtol=1e-11, atol=1e-12)
+        way = partial(estimator, objective, loc, scales, None, draws, blocks)
+        check_same(*(jax.jit(partial(way, forward=forward))() for forward in (False, True)), rtol=1e-11, atol=1e-12)
+    way = partial(gradients.reparameterized, objective, loc, scales, None, blocks, dense=True)
+    check_same(*(jax.jit(partial(way, forward=forward))() for forward in (False, True)), rtol=1e-11, atol=1e-12)
 
 
 def test_recognition_makes_the_values_of_the_parameters_once_for_all_sites():
@@ -380,6 +378,7 @@ def test_a_function_without_a_second_derivative_is_fitted():
     assert_allclose(params["shape_auto_loc"], mean, atol=0.02)
 
 
+@pytest.mark.slow
 def test_labels_dates_and_long_integers_are_arguments_like_others():
     def model(y, names, day, number):
         z = numpyro.sample("z", dist.Normal(0.0, 1.0))
@@ -531,6 +530,7 @@ def test_an_eager_update_is_a_compiled_one():
     check_same(svi.update(start), jax.jit(svi.update)(start), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_one_step_is_exact_for_a_guide_of_one_covariance_a_group(random):
     """AutoBatchedMultivariateNormal, of groups that know nothing of each other."""
     x, y, spread = random.normal(size=(3, 8, 2)), random.normal(size=(3, 8)), 0.5
@@ -732,3 +732,42 @@ def test_single_precision_stays_single_and_arrives(random):
     exact_loc, exact_covariance = reference.linear_gaussian(rows, np.concatenate([[0.0, 0.0], y]), scales)
     assert_allclose(loc, exact_loc, rtol=1e-3)
     assert_allclose(factor @ np.transpose(factor), exact_covariance, rtol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What another process has compiled
+
+COMPILED = """
+import collections, jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+from numpyro_blr import BLR
+
+events = collections.Counter()
+jax.monitoring.register_event_listener(lambda name, **_: events.update([name.rpartition("/")[2]]))
+
+def model(y):
+    sites = [numpyro.sample(name, dist.Normal(0.0, 1.0)) for name in ("intercept", "slope", "trend", "season")]
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+    numpyro.sample("y", dist.Normal(sum(sites) * jnp.arange(3.0), scale).to_event(1), obs=y)
+
+svi = SVI(model, AutoNormal(model), BLR(), Trace_ELBO())
+state = svi.init(jax.random.key(0), jnp.ones(3))
+events.clear()
+jax.jit(svi.update)(state, jnp.ones(3))
+print(events["cache_hits"], events["cache_misses"])
+"""
+
+
+@pytest.mark.slow
+def test_a_step_is_compiled_once_for_all_processes_that_order_sets_alike(tmp_path):
+    """As the README has it: BLR adds nothing of its own that differs from one process to the next."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    ordered = {**os.environ, **cache, "PYTHONHASHSEED": "0"}
+    found = [
+        subprocess.run([sys.executable, "-c", COMPILED], env=ordered, check=True, capture_output=True, text=True).stdout
+        for _ in range(2)
+    ]
+    hits, misses = np.array([text.split() for text in found], int).T
+    assert hits[0] == misses[1] == 0
+    assert hits[1] == misses[0] > 0

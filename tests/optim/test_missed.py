@@ -193,6 +193,7 @@ def test_a_step_of_one_pair_says_nothing(backend, look):
     assert look is None or (int(missed.shown), int(missed.wait)) == (3, 0)
 
 
+@pytest.mark.slow
 def test_where_nothing_is_missed_steps_are_those_of_hessians(backend):
     """Classes that overlap, number for number and gradient for gradient."""
     x, y = data()

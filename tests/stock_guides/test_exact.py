@@ -60,6 +60,7 @@ def test_one_step_is_exact_for_every_kind_of_model(backend, make_model, guide):
     check_optimum(backend.start(model.make, guide.make, model.args, learning_rate=1.0).run(1), model, guide)
 
 
+@pytest.mark.slow
 def test_one_step_is_exact_from_any_seed(backend):
     """The draws of a quadratic cancel, on Longley's columns of condition 10¹⁰ as well."""
     model = cases.longley()

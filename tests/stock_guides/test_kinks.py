@@ -82,7 +82,7 @@ def best(name: str, dense: bool) -> float:
     [
         ("median", median_model, cases.MEAN_FIELD),
         pytest.param("median", median_model, cases.FULL_RANK, marks=pytest.mark.slow),
-        ("lasso", lasso_model, cases.MEAN_FIELD),
+        pytest.param("lasso", lasso_model, cases.MEAN_FIELD, marks=pytest.mark.slow),
         pytest.param("lasso", lasso_model, cases.FULL_RANK, marks=pytest.mark.slow),
     ],
     ids=["median, mean field", "median, full rank", "lasso, mean field", "lasso, full rank"],
@@ -107,7 +107,7 @@ def written_out_model(host):
 @pytest.mark.parametrize(
     ("make", "options"),
     [
-        (median_model, {"learning_rate": 0.1}),
+        pytest.param(median_model, {"learning_rate": 0.1}, marks=pytest.mark.slow),
         (written_out_model, {"estimator": "secant", "learning_rate": 0.1}),
         pytest.param(median_model, {"num_draws": 4, "learning_rate": 0.1}, marks=pytest.mark.slow),
     ],

@@ -101,6 +101,7 @@ def test_it_ends_at_the_best_covariance_of_its_rank(backend, data, options):
     assert least > 1e-3, "or full rank would do"
 
 
+@pytest.mark.slow
 def test_a_rank_of_all_coordinates_is_full_rank(backend):
     model = cases.linear()
     fit = backend.start(model.make, low_rank(5), model.args).run(15)
@@ -110,12 +111,13 @@ def test_a_rank_of_all_coordinates_is_full_rank(backend):
     assert_allclose(divergence(np.linalg.inv(exact), covariance), 0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_written_by_hand_it_is_the_same(backend, data):
     stock, own = (backend.start(correlated, make, data).run(15).gaussians() for make in (low_rank(RANK), by_hand))
     assert_allclose(own["z"][1], next(iter(stock.values()))[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("estimator", ["hessian", "secant"])
+@pytest.mark.parametrize("estimator", ["hessian", pytest.param("secant", marks=pytest.mark.slow)])
 def test_beyond_gaussian_posteriors_it_ends_where_its_own_gradients_vanish(backend, estimator):
     """Poisson regression in closed form: E_q[g] = 0, and E_q[H] = Σ⁻¹ as far as the guide can tell."""
     problem = cases.poisson()

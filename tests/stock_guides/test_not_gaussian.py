@@ -89,7 +89,7 @@ def common_noise(xp, shape, number):
     [
         ("AutoNormal", {}),
         pytest.param("AutoMultivariateNormal", {}, marks=pytest.mark.slow),
-        ("AutoMultivariateNormal", {"learning_rate": 0.4, "temperature": 2.0}),
+        pytest.param("AutoMultivariateNormal", {"learning_rate": 0.4, "temperature": 2.0}, marks=pytest.mark.slow),
     ],
 )
 def test_both_packages_take_the_same_steps_through_their_hosts(both, name, options, monkeypatch):

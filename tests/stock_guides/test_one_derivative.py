@@ -32,8 +32,8 @@ once = poisson(lambda host: host.exp_of_one_derivative)
     [
         pytest.param("AutoMultivariateNormal", {}, marks=pytest.mark.slow),
         ("AutoNormal", {}),
-        ("AutoNormal", {"estimator": "hutchinson"}),
-        ("AutoNormal", {"learning_rate": 0.5}),
+        pytest.param("AutoNormal", {"estimator": "hutchinson"}, marks=pytest.mark.slow),
+        pytest.param("AutoNormal", {"learning_rate": 0.5}, marks=pytest.mark.slow),
         ("AutoLaplaceApproximation", {}),
     ],
 )
@@ -49,6 +49,7 @@ def test_a_model_with_one_derivative_is_fitted_as_one_with_two(backend, guide, o
         assert_allclose(ends[1][name], expected, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_differences_are_counted(backend):
     problem, counts = cases.poisson(), []
     for model in (smooth, once):

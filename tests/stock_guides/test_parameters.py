@@ -464,6 +464,7 @@ def test_rows_outside_the_batch_stay_beside_a_global_latent(backend):
     assert (after[loc] != before[loc]).sum() <= 2
 
 
+@pytest.mark.slow
 def test_rows_and_a_global_latent_arrive_at_the_rate_that_is_chosen(backend):
     """The best mean field of all data, though the draws of a step have rows of a third of them."""
     fit = backend.start(global_and_local_model, auto_normal, (ROWS,)).run(400)

@@ -52,7 +52,8 @@ def small(fit) -> set[str]:
 
 
 CASES = [
-    pytest.param(sampled, "AutoMultivariateNormal", {}, id="full rank"),
+    pytest.param(sampled, "AutoMultivariateNormal", {"learning_rate": 0.5}, id="rate 1/2"),
+    pytest.param(sampled, "AutoMultivariateNormal", {}, id="automatic", marks=pytest.mark.slow),
     pytest.param(sampled, "AutoNormal", {"learning_rate": 0.5}, id="mean field, rate 1/2", marks=pytest.mark.slow),
     pytest.param(learned, "AutoMultivariateNormal", {}, id="parameters", marks=pytest.mark.slow),
 ]
@@ -73,7 +74,9 @@ def test_the_same_steps_are_taken(backend, make, guide, options, monkeypatch):
         assert_allclose(found[name], value, rtol=1e-8, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("guide", ["AutoNormal", "AutoMultivariateNormal", "AutoDelta"])
+@pytest.mark.parametrize(
+    "guide", ["AutoNormal", pytest.param("AutoMultivariateNormal", marks=pytest.mark.slow), "AutoDelta"]
+)
 def test_the_small_latents_are_constants_of_the_loss_that_is_held(backend, guide):
     """Or the parts would have the same numbers, and cost as much as the whole."""
     make = (lambda host, model: host.autoguide.AutoDelta(model)) if guide == "AutoDelta" else stock(guide)
@@ -84,6 +87,7 @@ def test_the_small_latents_are_constants_of_the_loss_that_is_held(backend, guide
     assert (whole != 0).all()
 
 
+@pytest.mark.slow
 def test_latents_of_the_same_size_are_not_split(backend):
     def make(host):
         def model(x, y):

@@ -39,7 +39,7 @@ def from_values(**values: float):
     return make
 
 
-@pytest.mark.parametrize("kind", ["Trace_ELBO", "TraceMeanField_ELBO"])
+@pytest.mark.parametrize("kind", ["Trace_ELBO", pytest.param("TraceMeanField_ELBO", marks=pytest.mark.slow)])
 def test_a_saddle_on_which_antithetic_draws_cancel_is_left(backend, kind):
     """With recycled draws, and without."""
     make_guide, y = from_values(a=0.0, b=0.0), np.full(20, 2.0)
