@@ -14,13 +14,13 @@ from numpy.testing import assert_allclose
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = (
-    "ar5",
+    pytest.param("ar5", marks=pytest.mark.slow),
     "blr_correlated",
     "earnings_interaction",
     "eight_schools_centered",
     "eight_schools_noncentered",
-    "gp_regression",
-    "hmm_two_state",
+    pytest.param("gp_regression", marks=pytest.mark.slow),
+    pytest.param("hmm_two_state", marks=pytest.mark.slow),
     "kidiq_momhsiq",
     "mesquite_log",
     "nes2000",

@@ -209,6 +209,7 @@ def test_where_nothing_is_missed_steps_are_those_of_hessians(backend):
     assert float(found.gaussian_state().evaluations) == float(expected.gaussian_state().evaluations)
 
 
+@pytest.mark.slow
 def test_kinks_of_ones_own_are_found_on_the_way_and_across_a_stop(backend):
     straight = backend.start(written_out_model, cases.MEAN_FIELD.make, data()).run(30)
     losses = list(straight.losses)

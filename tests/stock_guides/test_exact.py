@@ -78,7 +78,7 @@ def test_one_step_is_exact_with_every_other_loss(backend, arguments):
 
 @pytest.mark.parametrize(
     ("make_model", "guide"),
-    [(cases.linear, cases.FULL_RANK), (cases.longley, cases.MEAN_FIELD)],
+    [(cases.linear, cases.FULL_RANK), pytest.param(cases.longley, cases.MEAN_FIELD, marks=pytest.mark.slow)],
     ids=lambda case: getattr(case, "__name__", str(case)),
 )
 def test_the_automatic_rate_takes_the_full_step_and_stays(backend, make_model, guide):

@@ -87,7 +87,9 @@ def least_divergence(precision: np.ndarray, rank: int) -> float:
     return min(result.fun for result in found)
 
 
-@pytest.mark.parametrize("options", [{}, {"learning_rate": 1.0}], ids=["automatic", "rate 1"])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, marks=pytest.mark.slow), {"learning_rate": 1.0}], ids=["automatic", "rate 1"]
+)
 def test_it_ends_at_the_best_covariance_of_its_rank(backend, data, options):
     x, y = data
     precision = x.T @ x / 0.5**2 + np.eye(6) / 10**2

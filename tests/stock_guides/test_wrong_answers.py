@@ -17,8 +17,6 @@ from scipy.stats import halfcauchy, halfnorm, multivariate_normal, norm, t
 
 from .. import cases, reference
 
-stock_guides = pytest.mark.parametrize("guide", [cases.MEAN_FIELD, cases.FULL_RANK], ids=str)
-
 
 def fitted(fit) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of the guide in unconstrained coordinates, its sites in the order of the model."""
@@ -177,7 +175,7 @@ def scores_best(dense: bool) -> float:
     return best_gaussian(scores_log_joint, mean, scale / 3, dense)
 
 
-@stock_guides
+@pytest.mark.parametrize("guide", [pytest.param(cases.MEAN_FIELD, marks=pytest.mark.slow), cases.FULL_RANK], ids=str)
 def test_a_regression_far_from_the_origin(backend, guide):
     mean, scale = scores_posterior()
     assert -9 < mean[1] < -8.7, "a mean slope of about -9, as the thread has it from sampling"
