@@ -307,6 +307,7 @@ def switched(host):
     return model
 
 
+@pytest.mark.slow
 def test_of_discrete_sites_that_it_does_not_cover_a_fit_says_another_way_out(backend):
     """And the host's warning, that their gradients are wrong, is not passed on: no draw of them is differentiated."""
     pytest.importorskip("arviz")

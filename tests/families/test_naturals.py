@@ -630,6 +630,7 @@ def compiled_rules(backend, case):
     return backend.compiled(rules)
 
 
+@pytest.mark.slow
 @every_case
 @SOME
 @given(seed=st.integers(0, 2**32 - 1), decades=st.floats(0, 1.5), rate=st.floats(0, 1))
