@@ -68,7 +68,7 @@ def single_observation() -> cases.Model:
 @pytest.mark.parametrize(
     ("make_model", "guide"),
     [
-        pytest.param(cubic, cases.MEAN_FIELD, marks=pytest.mark.slow),
+        (cubic, cases.MEAN_FIELD),
         pytest.param(cubic, cases.FULL_RANK, marks=pytest.mark.slow),  # of full rank is the regression below
         (single_observation, cases.MEAN_FIELD),
     ],
