@@ -27,6 +27,12 @@ it averages itself, and the rate need not. A step is noise by the rule of `_rate
 wherever it takes back what the last one did, which in many dimensions is for want of draws too: S has too few, and the
 step leads too far. Below 1/2 there are no steps on the pool alone, which would undo the averaging.
 
+*Steep* are coordinates along which ℓ is mostly exponential, |ĝ_j| > D and Ĥ_jj = |ĝ_j| within a tenth, as along the log
+of a scale that is far too small. Newton's unit along z leaves no pull on x where ℓ = f(x) exp(−z), since ∂²ℓ/∂x∂z =
+−∂ℓ/∂x: the data go unheard until z has grown, unit by unit, and a hierarchy shrinks to a point meanwhile, which is a
+local optimum or next to one. So a step of such x alone is proposed first, and taken if it lowers the loss by more than
+units along the steep ones would, Σ_j |ĝ_j| (1 − 1/e).
+
 *Far* from everything, where r² > 1e12 at a loss L = E_q[ℓ] > 0, S says nothing of where q will be. The mean alone
 moves, by the rule at ρ = 1 or down log L, and the rule starts anew there, from S = 100 I as the stock guides do:
 
@@ -39,6 +45,7 @@ draws are drawn closer to m, since those far from it are all that is seen of suc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -60,6 +67,7 @@ MAX_PAIRS = 256
 COVERED, BEGUN = 8.0, 16
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
 SHORTEST = 0.1  # share of a step that was too long
+STEEP, UNHEARD = 0.1, 0.5  # of |g|
 FAR, TRUST = 1e12, 100.0  # r²; a precision
 NARROWER, NARROWEST = 1 / 16, 1 / 256  # of the radius
 
@@ -130,9 +138,30 @@ class _Place(NamedTuple):
     def noisy(self) -> Array:
         return ~self.far & (self.residual < _rate.NOISE_RATIO * self.error)
 
-    def step(self, rate: Array, far: Array, downhill: Array) -> tuple[Array, DensePrecision]:
-        """(m, S) after a step of the rule, or from far away after one by the rule or down log L."""
-        gradient, hessian = self.gradient, self.hessian
+    @property
+    def steep(self) -> Array:
+        """[D], whether ℓ is mostly exponential along a coordinate."""
+        slope = jnp.abs(self.gradient)
+        return (slope > len(slope)) & (jnp.abs(jnp.diagonal(self.hessian) - slope) < STEEP * slope)
+
+    @property
+    def promised(self) -> Array:
+        """Nats that units along steep coordinates promise: all but 1/e of what is exponential along them."""
+        return (1 - math.exp(-1)) * jnp.where(self.steep, jnp.abs(self.gradient), 0).sum()
+
+    @property
+    def unheard(self) -> Array:
+        """[D], coordinates on which Newton's units along steep ones leave less than half of the pull."""
+        gradient, hessian, steep = self.gradient, self.hessian, self.steep
+        units = jnp.where(steep, -gradient / jnp.where(steep, jnp.diagonal(hessian), 1), 0)
+        return ~steep & (jnp.abs(gradient + hessian @ units) < UNHEARD * jnp.abs(gradient))
+
+    def step(self, rate: Array, other_way: Array) -> tuple[Array, DensePrecision]:
+        """(m, S) after a step of the rule; or the other way, from far away down log L, else of the unheard alone."""
+        far, unheard = self.far, self.unheard
+        downhill, alone = far & other_way, ~far & other_way
+        gradient = jnp.where(alone & ~unheard, 0, self.gradient)
+        hessian = jnp.where(alone & (unheard[:, None] != unheard), 0, self.hessian)
         slope = gradient / self.loss
         curvature = hessian / self.loss - jnp.outer(slope, slope)
         trust = TRUST * jnp.eye(len(gradient), dtype=gradient.dtype)
@@ -158,7 +187,7 @@ class _Search(NamedTuple):
         start: where it started.
         first_rate: of the first proposal; `rate` is that of the next one.
         proposals: made so far until one was taken; `inner` steps since, the next of them at `inner_rate`; none at 0.
-        before, by_rule: far away, the loss close around the mean of `start`, and around that of a step of the rule.
+        before, by_rule: the start's loss; far away, that close around its mean and around that of a step of the rule.
         looked: whether `start` is known; `taken`: whether a proposal was.
         going: whether to go on.
     """
@@ -237,18 +266,19 @@ def step(
 
     def attempt(search: _Search) -> _Search:
         """One turn; the first has a rate of zero, and so looks at the start: the estimate is compiled but once."""
-        here, looked, taken = search.here, search.looked, search.taken
-        far, number = looked & search.start.far, search.proposals
+        here, looked, taken, number = search.here, search.looked, search.taken, search.proposals
+        far = looked & search.start.far
         downhill = far & (number != 0) & (number != 2)
-        rate = jnp.where(taken, search.inner_rate, jnp.where(far & ~downhill, 1, search.rate))
-        loc, precision = select(looked, here.step(rate, far, downhill), (here.loc, here.precision))
+        partly = looked & ~taken & ~far & (number == 0) & search.start.steep.any()
+        rate = jnp.where(taken, search.inner_rate, jnp.where((far & ~downhill) | partly, 1, search.rate))
+        loc, precision = select(looked, here.step(rate, downhill | partly), (here.loc, here.precision))
         scales = scales_of(precision, blocks, state.radius)
         moments = recycled.moments(pool, blocks, loc, scales)
         residual = _rate.squared_norm(moments.gradient, precision)
         error = recycled.squared_error(moments, precision)
         loss = (moments.weights * pool.values).sum()
         there = _Place(loc, precision, moments.effective, moments.gradient, moments.hessian, residual, error, loss)
-        covered = ~far & (moments.effective >= jnp.maximum(COVERED, here.effective / 2))
+        covered = ~far & ~partly & (moments.effective >= jnp.maximum(COVERED, here.effective / 2))
 
         def judged() -> tuple[Array, Array, Array, Array]:
             first = far & (number == 0)
@@ -258,9 +288,11 @@ def step(
             now = jnp.where(jnp.isfinite(after).all(), after.sum(), jnp.inf)
             before, by_rule = jnp.where(first, at_start.sum(), search.before), jnp.where(first, now, search.by_rule)
             lower = ~first & (now < before)
-            most = search.start.residual + len(loc)
+            by_units = 2 * recycling.num_pairs.astype(dtype) * search.start.promised
             better = jnp.where(
-                far, lower & ((number != 1) | (now < by_rule)), _rate.not_worse(losses, after, most, fresh)
+                far | partly,
+                jnp.where(partly, now < before - by_units, lower & ((number != 1) | (now < by_rule))),
+                _rate.not_worse(losses, after, search.start.residual + len(loc), fresh),
             )
             return better, lower, before, by_rule
 
@@ -278,7 +310,7 @@ def step(
         first_rate, first_inner = first_rate_of(there), jnp.where(cap_of(there) < INNER_RATE, 0, INNER_RATE)
         share = lax.cond(looked & covered, here.share, lambda there: jnp.ones((), dtype), there)
         # a step downhill that is but too short is the longer next time
-        factor = jnp.where(downhill & lower, _rate.GROW, jnp.where(far & ~downhill, 1, _rate.CUT))
+        factor = jnp.where(downhill & lower, _rate.GROW, jnp.where((far & ~downhill) | partly, 1, _rate.CUT))
         next_rate = jnp.where(accepted | taken, 1, factor) * search.rate
         return _Search(
             here=select(accepted, there, here),
@@ -298,20 +330,22 @@ def step(
     nothing, none, no = jnp.zeros((), dtype), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     unknown = jnp.zeros_like(state.loc), jnp.zeros_like(state.precision.matrix)  # at a rate of zero, it moves nothing
     here = _Place(state.loc, state.precision, nothing, *unknown, state.residual, state.error, jnp.ones((), dtype))
+    total = jnp.where(fresh[:, None], losses, 0).sum()
     end = lax.while_loop(
         lambda search: search.going,
         attempt,
-        _Search(here, here, nothing, nothing, none, none, nothing, nothing, nothing, no, no, going=usable),
+        _Search(here, here, nothing, nothing, none, none, nothing, total, nothing, no, no, going=usable),
     )
 
     start = end.start
-    tries = end.proposals - start.far.astype(jnp.int32)  # at the rate that is searched
     far = usable & start.far
+    aside = (start.far | (start.steep.any() & (end.proposals > 1))).astype(jnp.int32)  # proposals that searched no rate
     alone = (pool.count >= BEGUN) & (start.effective < 3 * recycling.num_pairs.astype(dtype)) & ~start.far
     more = usable & (start.noisy | ~end.taken | alone)
     num_pairs = jnp.where(more, jnp.minimum(max_pairs, 2 * recycling.num_pairs), recycling.num_pairs)
-    num_draws, num_losses = (2 * num_drawn).astype(dtype), end.proposals + (usable & start.far).astype(jnp.int32)
-    rate = _rate.next_rate(end.rate, end.first_rate, end.taken, tries, jnp.where(far, jnp.inf, 1))
+    num_draws, num_losses = (2 * num_drawn).astype(dtype), end.proposals + far.astype(jnp.int32)
+    longest = jnp.where(far, jnp.inf, 1)
+    rate = _rate.next_rate(end.rate, end.first_rate, end.taken, end.proposals - aside, longest)
     rates = state.rate.after(rate, end.rate, noisy_steps_of(start), start.gradient, end.taken)
     radius = jnp.where(far, jnp.maximum(NARROWER * state.radius, NARROWEST), jnp.minimum(1, 2 * state.radius))
     evaluations += num_draws * num_losses.astype(dtype) + extra_losses
@@ -339,7 +373,7 @@ def step(
         error=start.error,
     )
     after = select(usable, after, skipped(replace(tried, loc=before.loc, precision=before.precision)))
-    return after, jnp.where(fresh[:, None], losses, 0).sum() / num_draws, usable & (went_on | end.taken)
+    return after, total / num_draws, usable & (went_on | end.taken)
 
 
 def _drifted(

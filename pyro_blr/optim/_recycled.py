@@ -27,6 +27,12 @@ it averages itself, and the rate need not. A step is noise by the rule of `_rate
 wherever it takes back what the last one did, which in many dimensions is for want of draws too: S has too few, and the
 step leads too far. Below 1/2 there are no steps on the pool alone, which would undo the averaging.
 
+*Steep* are coordinates along which ℓ is mostly exponential, |ĝ_j| > D and Ĥ_jj = |ĝ_j| within a tenth, as along the log
+of a scale that is far too small. Newton's unit along z leaves no pull on x where ℓ = f(x) exp(−z), since ∂²ℓ/∂x∂z =
+−∂ℓ/∂x: the data go unheard until z has grown, unit by unit, and a hierarchy shrinks to a point meanwhile, which is a
+local optimum or next to one. So a step of such x alone is proposed first, and taken if it lowers the loss by more than
+units along the steep ones would, Σ_j |ĝ_j| (1 − 1/e).
+
 *Far* from everything, where r² > 1e12 at a loss L = E_q[ℓ] > 0, S says nothing of where q will be. The mean alone
 moves, by the rule at ρ = 1 or down log L, and the rule starts anew there, from S = 100 I as the stock guides do:
 
@@ -60,6 +66,7 @@ MAX_PAIRS = 256
 COVERED, BEGUN = 8.0, 16
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
 SHORTEST = 0.1  # share of a step that was too long
+STEEP, UNHEARD = 0.1, 0.5  # of |g|
 FAR, TRUST = 1e12, 100.0  # r²; a precision
 NARROWER, NARROWEST = 1 / 16, 1 / 256  # of the radius
 
@@ -123,11 +130,33 @@ class _Place(NamedTuple):
     def noisy(self) -> bool:
         return not self.far and self.residual < _rate.NOISE_RATIO * self.error
 
-    def step(self, rate: float, far: bool, downhill: bool) -> tuple[Tensor, DensePrecision]:
-        """(m, S) after a step of the rule, or from far away after one by the rule or down log L."""
-        gradient, hessian = self.gradient, self.hessian
+    @property
+    def steep(self) -> Tensor:
+        """[D], whether ℓ is mostly exponential along a coordinate."""
+        slope = self.gradient.abs()
+        return (slope > len(slope)) & ((self.hessian.diagonal() - slope).abs() < STEEP * slope)
+
+    @property
+    def promised(self) -> float:
+        """Nats that units along steep coordinates promise: all but 1/e of what is exponential along them."""
+        return (1 - math.exp(-1)) * float(self.gradient[self.steep].abs().sum())
+
+    @property
+    def unheard(self) -> Tensor:
+        """[D], coordinates on which Newton's units along steep ones leave less than half of the pull."""
+        gradient, hessian, steep = self.gradient, self.hessian, self.steep
+        units = torch.where(steep, -gradient / torch.where(steep, hessian.diagonal(), 1), 0)
+        return ~steep & ((gradient + hessian @ units).abs() < UNHEARD * gradient.abs())
+
+    def step(self, rate: float, other_way: bool) -> tuple[Tensor, DensePrecision]:
+        """(m, S) after a step of the rule; or the other way, from far away down log L, else of the unheard alone."""
+        far, gradient, hessian = self.far, self.gradient, self.hessian
         trust = TRUST * torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device)
-        if not downhill:
+        if other_way and not far:
+            unheard = self.unheard
+            gradient = torch.where(unheard, gradient, 0)
+            hessian = torch.where(unheard[:, None] == unheard, hessian, 0)
+        if not (other_way and far):
             precision = self.precision.blend(hessian, rate)
             return self.loc - rate * precision.solve(gradient), self.precision.at(trust) if far else precision
         slope = gradient / self.loss
@@ -150,7 +179,7 @@ class _Search(NamedTuple):
         here: where it is.
         rate: of the next proposal.
         proposals: made so far until one was taken; `inner` steps since, the next of them at `inner_rate`; none at 0.
-        before, by_rule: far away, the loss close around the mean of the start, and around that of a step of the rule.
+        before, by_rule: the start's loss; far away, that close around its mean and around that of a step of the rule.
         taken: whether one was.
         going: whether to go on.
     """
@@ -221,6 +250,7 @@ def step(
         return skipped(kept), losses.mean(), False
     start = place(state.loc, state.precision, scales_of(state.precision, blocks, state.radius))
     far, last_gradient = start.far, state.rate.last_gradient
+    steep = not far and bool(start.steep.any())
     opposed = _rate.opposed(start.gradient, start.precision, last_gradient)
     begun = pool.count >= BEGUN and not far
     noisy_steps = state.rate.noisy_steps + ((start.noisy or changed or begun) and opposed)
@@ -234,33 +264,36 @@ def step(
         return total if math.isfinite(total) else math.inf
 
     def attempt(search: _Search) -> _Search:
-        here, taken = search.here, search.taken
-        downhill = far and search.proposals not in (0, 2)
-        rate = search.inner_rate if taken else 1.0 if far and not downhill else search.rate
-        loc, precision = here.step(rate, far, downhill)
+        here, taken, number = search.here, search.taken, search.proposals
+        downhill, partly = far and number not in (0, 2), steep and not taken and number == 0
+        rate = search.inner_rate if taken else 1.0 if (far and not downhill) or partly else search.rate
+        loc, precision = here.step(rate, downhill or partly)
         scales = scales_of(precision, blocks, state.radius)
         finite = all_finite(loc, precision.solve(loc), *scales)
         there = place(loc, precision, scales) if finite else here
-        covered = finite and not far and there.effective >= max(COVERED, here.effective / 2)
+        covered = finite and not (far or partly) and there.effective >= max(COVERED, here.effective / 2)
         before, by_rule, better, lower = search.before, search.by_rule, False, False
-        if far:
+        if partly:
+            better = finite and total_loss(loc, scales) < before - losses.numel() * start.promised
+        elif far:
             close = scales_of(here.precision, blocks, NARROWEST)
             now = total_loss(loc, close) if finite else math.inf
-            if search.proposals == 0:
+            if number == 0:
                 before, by_rule = total_loss(here.loc, close), now
             else:
                 lower = now < before
-                better = lower and (search.proposals != 1 or now < by_rule)
+                better = lower and (number != 1 or now < by_rule)
         elif finite and not (covered or taken):
             after = losses_around(loc, scales)
             better = _rate.not_worse(losses, after, start.residual + len(loc))
         accepted = (covered or better) and all_finite(there.gradient)
         settled = taken and here.residual < SETTLED * here.error
-        proposals, inner = search.proposals + (not taken), search.inner + taken
+        proposals, inner = number + (not taken), search.inner + taken
         if not accepted:
             again = not taken and proposals < _rate.MAX_PROPOSALS
             # a step downhill that is but too short is the longer next time
-            factor = _rate.GROW if downhill and lower else 1.0 if taken or (far and not downhill) else _rate.CUT
+            searched = not (taken or partly or (far and not downhill))
+            factor = 1.0 if not searched else _rate.GROW if downhill and lower else _rate.CUT
             return _Search(
                 here, factor * search.rate, proposals, inner, search.inner_rate, before, by_rule, taken, again
             )
@@ -268,15 +301,17 @@ def step(
         inner_rate = here.share(there) * search.inner_rate if again else search.inner_rate
         return _Search(there, search.rate, proposals, inner, inner_rate, before, by_rule, True, again)
 
-    end = _Search(start, first_rate, 0, 0, INNER_RATE if cap >= INNER_RATE else 0.0, math.nan, math.nan, False, True)
+    inner_rate, total = INNER_RATE if cap >= INNER_RATE else 0.0, float(losses.sum())
+    end = _Search(start, first_rate, 0, 0, inner_rate, total, math.nan, False, True)
     while end.going:
         end = attempt(end)
 
-    tries = end.proposals - far  # at the rate that is searched
+    aside = far or (steep and end.proposals > 1)  # a proposal that searched no rate
     alone = begun and start.effective < 3 * recycling.num_pairs
     more = start.noisy or not end.taken or alone
     num_pairs = min(len(noise), 2 * recycling.num_pairs) if more else recycling.num_pairs
-    rate = _rate.next_rate(end.rate, first_rate, end.taken, tries, math.inf if far else 1.0)
+    longest = math.inf if far else 1.0
+    rate = _rate.next_rate(end.rate, first_rate, end.taken, end.proposals - aside, longest)
     drift = _drift.init(state.loc)
     if begun and not changed and start.effective < recycled.REGULAR * len(state.loc):
         moves = end.here.loc - state.loc, end.here.precision.matrix - state.precision.matrix

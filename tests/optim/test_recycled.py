@@ -45,6 +45,11 @@ def counts(xp, z):
     return xp.exp(z[0] + z[1]) - 3 * z[0] + xp.exp(0.5 * z[0]) - 2 * z[1] + (z**2).sum() / 8
 
 
+def mean_and_log_variance(xp, z):
+    """Of ten numbers around 200 with the variance 1, under a wide prior."""
+    return 5 * ((z[0] - 200) ** 2 + 1) * xp.exp(-z[1]) + 5 * z[1] + (z[0] ** 2 + z[1] ** 2) / 2e4
+
+
 def undefined_beyond_three(xp, z):
     return -xp.log(3 - z[0]) + (z**2).sum() / 2
 
@@ -221,6 +226,41 @@ def test_a_quadratic_is_one_step_from_however_far(backend, random):
     assert_allclose(backend.precision_array(state.precision), 2e8 * np.array([[1, -1], [-1, 1 + 1e-8]]), rtol=1e-6)
 
 
+def test_a_mean_is_heard_before_the_noise_has_grown(backend, random):
+    """A step of the rule moves log variance by one and the mean, on which it leaves no pull, by next to nothing."""
+    step, state = stepper(backend, mean_and_log_variance), started(backend, [0.0, 0.0], 100 * np.eye(2))
+    state = replace(state, rate=replace(state.rate, rate=0.25 * state.rate.rate))  # which is that of the rule
+    state, *_ = step(state, random.normal(size=(4, 2)))
+    mean, log_variance = backend.to_numpy(state.loc)
+    assert abs(mean - 200) < 0.1 and log_variance == 0
+    # a pair of Hessians and gradients, and the losses of one proposal
+    assert float(state.evaluations) == 2 * (2 + 1) + 2
+    for _ in range(20):
+        state, *_ = step(state, random.normal(size=(4, 2)))
+    mean, log_variance = backend.to_numpy(state.loc)
+    assert abs(mean - 200) < 0.1 and abs(log_variance) < 0.3
+
+
+def test_a_mean_that_is_heard_already_waits_for_the_noise(backend, random):
+    """Where the mean is right and its noise far too small, the rule is taken, at the cost of one look."""
+    step, state = stepper(backend, mean_and_log_variance), started(backend, [200.0, -8.0], 100 * np.eye(2))
+    state, *_ = step(state, random.normal(size=(4, 2)))
+    mean, log_variance = backend.to_numpy(state.loc)
+    assert abs(mean - 200) < 0.1 and -7.5 < log_variance < -6
+    assert float(state.evaluations) == 2 * (2 + 1) + 2 * 2 and float(state.rate.rate) == 1
+
+
+def test_a_step_of_the_rule_is_shortened_where_the_mean_alone_gains_little(backend, random):
+    """Beyond −7.5 there is a wall; the mean is a tenth of a thousandth off, and half of the loss is the noise's."""
+
+    def before_a_wall(xp, z):
+        return mean_and_log_variance(xp, z) + xp.exp(30 * (z[1] + 7.5))
+
+    step, state = stepper(backend, before_a_wall), started(backend, [200.0001, -8.0], 1e4 * np.eye(2))
+    state, *_ = step(state, random.normal(size=(4, 2)))
+    assert -7.9 < float(state.loc[1]) < -7.5
+
+
 def test_a_shorter_rate_asks_for_no_more_draws_and_a_step_that_finds_none_does(backend, random):
     step, state = stepper(backend, counts), started(backend, [-3.0, -1.0], np.eye(2))
     state, _, moved = step(state, random.normal(size=(4, 2)))
@@ -259,6 +299,7 @@ def test_pairs_that_are_worth_no_more_than_the_last_ask_for_more(backend, random
         (counts, [0.4, -0.2]),
         (undefined_beyond_three, [2.95, 0.0]),
         (two_slopes, [0.5, 2.0]),
+        (mean_and_log_variance, [0.0, 0.0]),
     ],
 )
 def test_both_packages_take_the_same_steps(both, loss, loc):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import invgamma, multivariate_normal
 
 
 def product(host):
@@ -26,6 +27,19 @@ def calendar(host):
         b = host.sample("b", host.dist.Normal(host.array(0.0), 10.0))
         with host.plate("data", len(y)):
             host.sample("y", host.dist.Poisson(host.xp.exp(a + b * year)), obs=y)
+
+    return model
+
+
+def weights(host):
+    """Groups around a mean of 240 with a vague one for prior, and variances that may be anything."""
+
+    def model(y):
+        mean = host.sample("mean", host.dist.Normal(host.array(0.0), 100.0))
+        between = host.sample("between", host.dist.InverseGamma(host.array(0.001), 0.001))
+        within = host.sample("within", host.dist.InverseGamma(host.array(0.001), 0.001))
+        groups = host.sample("groups", host.dist.Normal(mean, between**0.5).expand((len(y),)).to_event(1))
+        host.sample("y", host.dist.Normal(groups[..., None], within**0.5).to_event(2), obs=y)
 
     return model
 
@@ -58,3 +72,32 @@ def test_an_exponential_that_overflows_beside_where_it_vanishes(backend, random)
     score = np.stack([np.ones(100), year]) @ (counts - rates) - np.array([a / 1000**2, b / 10**2])
     spread = np.linalg.inv((np.stack([np.ones(100), year]) * rates) @ np.stack([np.ones(100), year]).T)
     assert score @ spread @ score < 0.1**2, "squared distance to the mode, in standard deviations"
+
+
+def test_a_hierarchy_does_not_shrink_to_a_point_while_the_noise_grows(backend):
+    """At the start the noise is 1 and the data 240 away: a step of the rule alone moves the variance e-fold.
+
+    It hears no data until then, and by then all groups are one, 60 nats below.
+    """
+    random = np.random.default_rng(5)
+    y = 240 + 14 * random.normal(size=(20, 1)) + 6 * random.normal(size=(20, 4))
+    start = from_values(mean=0.3, between=0.7, within=0.5, groups=random.uniform(-1, 1, size=20))
+    fit = backend.start(weights, start, (y,)).run(40)
+    found = fit.median()
+
+    # all is Gaussian given the variances, whose posterior is a sum over a grid away from 0, where it has no integral
+    same_group, same = np.kron(np.eye(20), np.ones((4, 4))), np.ones((80, 80))
+    log_between, log_within = (grid.ravel() for grid in np.meshgrid(np.linspace(3, 8, 21), np.linspace(2, 5, 21)))
+    log_mass = np.array(
+        [
+            multivariate_normal.logpdf(y.ravel(), cov=100**2 * same + np.exp(u) * same_group + np.exp(v) * np.eye(80))
+            for u, v in zip(log_between, log_within, strict=True)
+        ]
+    )
+    for log_variance in (log_between, log_within):
+        log_mass += invgamma.logpdf(np.exp(log_variance), 0.001, scale=0.001) + log_variance
+    mass = np.exp(log_mass - log_mass.max())
+    mass /= mass.sum()
+    for site, values in (("between", log_between), ("within", log_within)):
+        mean = mass @ values
+        assert abs(np.log(found[site]) - mean) < 0.3 * np.sqrt(mass @ (values - mean) ** 2)
