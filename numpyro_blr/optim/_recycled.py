@@ -27,7 +27,7 @@ it averages itself, and the rate need not. A step is noise by the rule of `_rate
 wherever it takes back what the last one did, which in many dimensions is for want of draws too: S has too few, and the
 step leads too far. Below 1/2 there are no steps on the pool alone, which would undo the averaging.
 
-*Steep* are coordinates along which ℓ is mostly exponential, |ĝ_j| > D and Ĥ_jj = |ĝ_j| within a tenth, as along the log
+*Steep* are coordinates along which ℓ is mostly exponential, |ĝ_j| > D and Ĥ_jj = |ĝ_j| to a hundredth, as along the log
 of a scale that is far too small. Newton's unit along z leaves no pull on x where ℓ = f(x) exp(−z), since ∂²ℓ/∂x∂z =
 −∂ℓ/∂x: the data go unheard until z has grown, unit by unit, and a hierarchy shrinks to a point meanwhile, which is a
 local optimum or next to one. So a step of such x alone is proposed first, and taken if it lowers the loss by more than
@@ -67,7 +67,7 @@ MAX_PAIRS = 256
 COVERED, BEGUN = 8.0, 16
 INNER_RATE, MAX_INNER, SETTLED = 0.5, 20, 0.01
 SHORTEST = 0.1  # share of a step that was too long
-STEEP, UNHEARD = 0.1, 0.5  # of |g|
+STEEP, UNHEARD = 0.01, 0.5  # of |g|
 FAR, TRUST = 1e12, 100.0  # r²; a precision
 NARROWER, NARROWEST = 1 / 16, 1 / 256  # of the radius
 
