@@ -29,9 +29,9 @@ step leads too far. Below 1/2 there are no steps on the pool alone, which would 
 
 *Steep* are coordinates along which ℓ is mostly exponential, |ĝ_j| > D and Ĥ_jj = |ĝ_j| to a hundredth, as along the log
 of a scale that is far too small. Newton's unit along z leaves no pull on x where ℓ = f(x) exp(−z), since ∂²ℓ/∂x∂z =
-−∂ℓ/∂x: the data go unheard until z has grown, unit by unit, and a hierarchy shrinks to a point meanwhile, which is a
-local optimum or next to one. So a step of such x alone is proposed first, and taken if it lowers the loss by more than
-units along the steep ones would, Σ_j |ĝ_j| (1 − 1/e).
+−∂ℓ/∂x: the data go unheard until z has grown, unit by unit, and a hierarchy shrinks to a point meanwhile, from which it
+is hundreds of steps back. So a step of such x alone is proposed first, and taken if it lowers the loss by more than
+units along the steep ones promise, Σ_j |ĝ_j| (1 − 1/e).
 
 *Far* from everything, where r² > 1e12 at a loss L = E_q[ℓ] > 0, S says nothing of where q will be. The mean alone
 moves, by the rule at ρ = 1 or down log L, and the rule starts anew there, from S = 100 I as the stock guides do:

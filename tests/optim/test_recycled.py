@@ -240,11 +240,8 @@ def test_a_mean_is_heard_before_the_noise_has_grown(backend, random):
     mean, log_variance = backend.to_numpy(state.loc)
     assert abs(mean - 200) < 0.1 and abs(log_variance) < 0.3
 
-
-def test_a_mean_that_is_heard_already_waits_for_the_noise(backend, random):
-    """Where the mean is right and its noise far too small, the rule is taken, at the cost of one look."""
-    step, state = stepper(backend, mean_and_log_variance), started(backend, [200.0, -8.0], 100 * np.eye(2))
-    state, *_ = step(state, random.normal(size=(4, 2)))
+    # where the mean is right and its noise far too small, the rule is taken, at the cost of one look
+    state, *_ = step(started(backend, [200.0, -8.0], 100 * np.eye(2)), random.normal(size=(4, 2)))
     mean, log_variance = backend.to_numpy(state.loc)
     assert abs(mean - 200) < 0.1 and -7.5 < log_variance < -6
     assert float(state.evaluations) == 2 * (2 + 1) + 2 * 2 and float(state.rate.rate) == 1
@@ -295,7 +292,7 @@ def test_pairs_that_are_worth_no_more_than_the_last_ask_for_more(backend, random
 @pytest.mark.parametrize(
     ("loss", "loc"),
     [
-        (quadratic, [0.4, -0.2]),
+        pytest.param(quadratic, [0.4, -0.2], marks=pytest.mark.slow),
         (counts, [0.4, -0.2]),
         (undefined_beyond_three, [2.95, 0.0]),
         (two_slopes, [0.5, 2.0]),
