@@ -156,10 +156,9 @@ class _Place(NamedTuple):
         units = jnp.where(steep, -gradient / jnp.where(steep, jnp.diagonal(hessian), 1), 0)
         return ~steep & (jnp.abs(gradient + hessian @ units) < UNHEARD * jnp.abs(gradient))
 
-    def step(self, rate: Array, other_way: Array) -> tuple[Array, DensePrecision]:
-        """(m, S) after a step of the rule; or the other way, from far away down log L, else of the unheard alone."""
-        far, unheard = self.far, self.unheard
-        downhill, alone = far & other_way, ~far & other_way
+    def step(self, rate: Array, downhill: Array, alone: Array) -> tuple[Array, DensePrecision]:
+        """(m, S) after a step of the rule, or of one down log L, or of the rule for the unheard alone."""
+        unheard = self.unheard
         gradient = jnp.where(alone & ~unheard, 0, self.gradient)
         hessian = jnp.where(alone & (unheard[:, None] != unheard), 0, self.hessian)
         slope = gradient / self.loss
@@ -168,7 +167,7 @@ class _Place(NamedTuple):
         before = DensePrecision(jnp.where(downhill, trust, self.precision.matrix))
         after = before.blend(jnp.where(downhill, curvature, hessian), jnp.where(downhill, 0.5, rate))
         direction = after.solve(jnp.where(downhill, slope / 2, gradient))  # downhill of P/2, and half the slope
-        return self.loc - rate * direction, self.precision.at(jnp.where(far, trust, after.matrix))
+        return self.loc - rate * direction, self.precision.at(jnp.where(self.far, trust, after.matrix))
 
     def share(self, there: _Place) -> Array:
         """Of the step in S from here, how far Ĥ = S was by the secant, in the Fisher metric; 1 where not yet behind."""
@@ -269,9 +268,9 @@ def step(
         here, looked, taken, number = search.here, search.looked, search.taken, search.proposals
         far = looked & search.start.far
         downhill = far & (number != 0) & (number != 2)
-        partly = looked & ~taken & ~far & (number == 0) & search.start.steep.any()
+        partly = looked & ~taken & ~far & (number == 0) & search.start.unheard.any()
         rate = jnp.where(taken, search.inner_rate, jnp.where((far & ~downhill) | partly, 1, search.rate))
-        loc, precision = select(looked, here.step(rate, downhill | partly), (here.loc, here.precision))
+        loc, precision = select(looked, here.step(rate, downhill, partly), (here.loc, here.precision))
         scales = scales_of(precision, blocks, state.radius)
         moments = recycled.moments(pool, blocks, loc, scales)
         residual = _rate.squared_norm(moments.gradient, precision)
@@ -339,7 +338,8 @@ def step(
 
     start = end.start
     far = usable & start.far
-    aside = (start.far | (start.steep.any() & (end.proposals > 1))).astype(jnp.int32)  # proposals that searched no rate
+    partly = start.unheard.any() & (end.proposals > 1)
+    aside = (start.far | partly).astype(jnp.int32)  # proposals that searched no rate
     alone = (pool.count >= BEGUN) & (start.effective < 3 * recycling.num_pairs.astype(dtype)) & ~start.far
     more = usable & (start.noisy | ~end.taken | alone)
     num_pairs = jnp.where(more, jnp.minimum(max_pairs, 2 * recycling.num_pairs), recycling.num_pairs)

@@ -148,17 +148,17 @@ class _Place(NamedTuple):
         units = torch.where(steep, -gradient / torch.where(steep, hessian.diagonal(), 1), 0)
         return ~steep & ((gradient + hessian @ units).abs() < UNHEARD * gradient.abs())
 
-    def step(self, rate: float, other_way: bool) -> tuple[Tensor, DensePrecision]:
-        """(m, S) after a step of the rule; or the other way, from far away down log L, else of the unheard alone."""
-        far, gradient, hessian = self.far, self.gradient, self.hessian
+    def step(self, rate: float, downhill: bool, alone: bool) -> tuple[Tensor, DensePrecision]:
+        """(m, S) after a step of the rule, or of one down log L, or of the rule for the unheard alone."""
+        gradient, hessian = self.gradient, self.hessian
         trust = TRUST * torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device)
-        if other_way and not far:
+        if alone:
             unheard = self.unheard
             gradient = torch.where(unheard, gradient, 0)
             hessian = torch.where(unheard[:, None] == unheard, hessian, 0)
-        if not (other_way and far):
+        if not downhill:
             precision = self.precision.blend(hessian, rate)
-            return self.loc - rate * precision.solve(gradient), self.precision.at(trust) if far else precision
+            return self.loc - rate * precision.solve(gradient), self.precision.at(trust) if self.far else precision
         slope = gradient / self.loss
         curvature = hessian / self.loss - torch.outer(slope, slope)
         half = DensePrecision(trust).blend(curvature, 0.5)  # P/2, and so is the slope
@@ -250,7 +250,7 @@ def step(
         return skipped(kept), losses.mean(), False
     start = place(state.loc, state.precision, scales_of(state.precision, blocks, state.radius))
     far, last_gradient = start.far, state.rate.last_gradient
-    steep = not far and bool(start.steep.any())
+    unheard = not far and bool(start.unheard.any())
     opposed = _rate.opposed(start.gradient, start.precision, last_gradient)
     begun = pool.count >= BEGUN and not far
     noisy_steps = state.rate.noisy_steps + ((start.noisy or changed or begun) and opposed)
@@ -265,9 +265,9 @@ def step(
 
     def attempt(search: _Search) -> _Search:
         here, taken, number = search.here, search.taken, search.proposals
-        downhill, partly = far and number not in (0, 2), steep and not taken and number == 0
+        downhill, partly = far and number not in (0, 2), unheard and not taken and number == 0
         rate = search.inner_rate if taken else 1.0 if (far and not downhill) or partly else search.rate
-        loc, precision = here.step(rate, downhill or partly)
+        loc, precision = here.step(rate, downhill, partly)
         scales = scales_of(precision, blocks, state.radius)
         finite = all_finite(loc, precision.solve(loc), *scales)
         there = place(loc, precision, scales) if finite else here
@@ -306,7 +306,7 @@ def step(
     while end.going:
         end = attempt(end)
 
-    aside = far or (steep and end.proposals > 1)  # a proposal that searched no rate
+    aside = far or (unheard and end.proposals > 1)  # a proposal that searched no rate
     alone = begun and start.effective < 3 * recycling.num_pairs
     more = start.noisy or not end.taken or alone
     num_pairs = min(len(noise), 2 * recycling.num_pairs) if more else recycling.num_pairs

@@ -62,6 +62,7 @@ __all__ = [
     "Turns",
     "calling_svi",
     "check_loss",
+    "check_not_modules_alone",
     "check_not_read",
     "check_params",
     "evaluated_as",
@@ -283,6 +284,16 @@ def read_by_the_program(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> 
         loss, _ = objective(loc.detach().requires_grad_(), scales, None, Draws(0, 1.0, None))
         gradients = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
     return {name for name, slope in zip(tensors, gradients, strict=True) if slope is not None and slope.any()}
+
+
+def check_not_modules_alone(names: set[str], layout: Layout) -> None:
+    """Without a site there is nothing for BLR to do beside the parameters that it cannot set."""
+    if all(site.bare for site in layout.sites):
+        raise ValueError(
+            f"the guide has no site, and BLR expected to find the maximum likelihood by setting the parameters where "
+            f"the model asks for them by pyro.param; the modules of {', '.join(sorted(names))} read these themselves. "
+            "Make them a pyro.nn.PyroParam of a PyroModule, or use pyro.optim.Adam."
+        )
 
 
 def check_not_read(names: set[str]) -> None:

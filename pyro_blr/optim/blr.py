@@ -191,6 +191,7 @@ class BLR(pyro.optim.PyroOptim):
         if layout.sites and not (layout.members or gradient_only):
             read = _svi.read_by_the_program(svi, args, kwargs, layout)
             if read and any(site.bare for site in layout.sites):  # modules, whose own optimizer moves them
+                _svi.check_not_modules_alone(read, layout)
                 layout = recognised()
                 read &= set(layout.tensors)
             _svi.check_not_read(read)

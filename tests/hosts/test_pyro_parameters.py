@@ -233,6 +233,19 @@ def test_parameters_that_the_model_reads_itself_are_refused():
     assert abs(model.f_loc.detach().numpy()).max() > 0.01
 
 
+def test_the_inducing_points_of_a_module_without_a_guide_are_refused_with_the_way_out():
+    inputs = torch.linspace(-2.0, 2.0, 12)
+    model = gp.models.SparseGPRegression(inputs, inputs.sin(), gp.kernels.RBF(1), torch.linspace(-2.0, 2.0, 3))
+    with pytest.raises(ValueError, match=r"the modules of Xu read these themselves.*PyroParam"):
+        SVI(model.model, model.guide, BLR(), Trace_ELBO()).step()
+    pyro.clear_param_store()
+    model.Xu = pyro.nn.PyroParam(model.Xu.detach())
+    svi = SVI(model.model, model.guide, BLR(), Trace_ELBO())
+    before = svi.evaluate_loss()
+    run(svi, 3)
+    assert svi.evaluate_loss() < before - 1.0
+
+
 def test_the_weights_of_a_module_that_are_no_parameters_of_pyro_are_left_to_others():
     """A module reads its own weights without asking; as points they would never move."""
     torch.manual_seed(0)
