@@ -24,9 +24,11 @@ from pyro.infer import (
     SVI,
     JitTrace_ELBO,
     JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
     JitTraceMeanField_ELBO,
     Trace_ELBO,
     TraceEnum_ELBO,
+    TraceGraph_ELBO,
     TraceMeanField_ELBO,
     TraceTailAdaptive_ELBO,
 )
@@ -65,7 +67,8 @@ __all__ = [
     "check_not_modules_alone",
     "check_not_read",
     "check_params",
-    "evaluated_as",
+    "compiled_from",
+    "evaluated",
     "frame_of",
     "host_gradients",
     "host_noise",
@@ -85,13 +88,16 @@ __all__ = [
 KINKED = torch.distributions.Laplace, dist.AsymmetricLaplace
 DISTRIBUTIONS = torch.distributions.Distribution, dist.Distribution
 
-SUPPORTED_LOSSES = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
-# A compiled loss cannot be given other draws, so the class that it compiles is evaluated in its place.
+SUPPORTED_LOSSES = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
 COMPILED_LOSSES: dict[type, Any] = {
     JitTrace_ELBO: Trace_ELBO,
     JitTraceMeanField_ELBO: TraceMeanField_ELBO,
+    JitTraceGraph_ELBO: TraceGraph_ELBO,
     JitTraceEnum_ELBO: TraceEnum_ELBO,
 }
+# A compiled loss cannot be given other draws, so what it compiles is evaluated in its place. TraceGraph_ELBO is the
+# ELBO of Trace_ELBO, with other gradients at draws that have no path, for which the rules have estimators.
+EVALUATED_AS: dict[type, Any] = {**COMPILED_LOSSES, JitTraceGraph_ELBO: Trace_ELBO, TraceGraph_ELBO: Trace_ELBO}
 
 
 def calling_svi(method: Callable, rule: str = "BLR") -> tuple[SVI, tuple, dict]:
@@ -127,9 +133,19 @@ def check_loss(svi: SVI, rule: str = "BLR") -> Any:
     return loss
 
 
-def evaluated_as(loss: Any) -> Any:
-    """The class whose methods are to evaluate an ELBO: its own, or the one that it compiles."""
-    return next((COMPILED_LOSSES[kind] for kind in type(loss).__mro__ if kind in COMPILED_LOSSES), type(loss))
+def compiled_from(loss: Any) -> Any:
+    """The class of ELBO that a loss compiles; None where it compiles none."""
+    return next((COMPILED_LOSSES[kind] for kind in type(loss).__mro__ if kind in COMPILED_LOSSES), None)
+
+
+def evaluated(loss: Any) -> Any:
+    """The ELBO that is evaluated for a loss: itself, or one of another class with the same attributes."""
+    kind = next((EVALUATED_AS[kind] for kind in type(loss).__mro__ if kind in EVALUATED_AS), None)
+    if kind is None:
+        return loss
+    twin = kind.__new__(kind)
+    twin.__dict__ = vars(loss)  # not a copy: what the host finds out once, such as the nesting of plates, is kept there
+    return twin
 
 
 def check_params(params: Iterable[Tensor], rule: str = "BLR") -> None:
@@ -255,14 +271,13 @@ def objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout, seed: int)
     draw. The host's random state and its parameters are left as they are. A member's own log q is no part of it: what
     is left of the loss is its −log p. Sites that are `layout.held` are constants.
     """
-    elbo = check_loss(svi)
-    loss_of = evaluated_as(elbo).differentiable_loss
+    elbo = evaluated(check_loss(svi))
 
     def objective(loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draw: Draws):
         redraw = Redraw(layout, loc, scales, draw, seed)
         with redraw, undisturbed(seed, loc.device):
             try:
-                loss = loss_of(elbo, svi.model, svi.guide, *args, **kwargs)
+                loss = elbo.differentiable_loss(svi.model, svi.guide, *args, **kwargs)
             except torch.linalg.LinAlgError:
                 # a matrix of the model has no Cholesky factor at this draw; the rule refuses what is not finite
                 given = (*redraw.values.values(), *redraw.given.values(), *redraw.cell_weights.values())
@@ -323,8 +338,8 @@ class Survey(NamedTuple):
 
 
 def survey(svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> Survey:
-    elbo = check_loss(svi)
-    one_density = evaluated_as(elbo) in (Trace_ELBO, TraceEnum_ELBO) and elbo.num_particles == 1
+    elbo = evaluated(check_loss(svi))
+    one_density = type(elbo) in (Trace_ELBO, TraceEnum_ELBO) and elbo.num_particles == 1
     drawn = all(block.learned for block in layout.blocks)
     alone = not (layout.members or layout.others)
     loc, scales = gather(layout)
@@ -391,16 +406,15 @@ class Mapped(AtPoints):
 
 def traceable_objective_of(svi: SVI, args: tuple, kwargs: dict, layout: Layout, seed: int = 0) -> Objective:
     """`objective_of` without the host's looks at a value (a warning of NaN), for `make_fx` and vmap."""
-    elbo = check_loss(svi)
-    kind = evaluated_as(elbo)
+    elbo = evaluated(check_loss(svi))
 
     def objective(loc: Tensor, scales: tuple[Tensor | None, ...], others: Any, draw: Draws):
         with undisturbed(seed, loc.device), unchecked(), ItemsAreTensors(), Redraw(layout, loc, scales, draw, seed):
-            pairs = kind._get_traces(elbo, svi.model, svi.guide, args, kwargs)
-            if issubclass(kind, TraceEnum_ELBO):
+            pairs = elbo._get_traces(svi.model, svi.guide, args, kwargs)
+            if isinstance(elbo, TraceEnum_ELBO):
                 losses = [-_compute_dice_elbo(*pair) for pair in pairs]
             else:
-                losses = [kind._differentiable_loss_particle(elbo, *pair)[1] for pair in pairs]
+                losses = [elbo._differentiable_loss_particle(*pair)[1] for pair in pairs]
         return sum(losses) / elbo.num_particles, Extras(None)
 
     return objective

@@ -159,7 +159,7 @@ class IVON(pyro.optim.PyroOptim):
         """The state for the parameters of `svi.guide` as they are now, or the one that was loaded for them."""
         _svi.check_params(params, "IVON")
         loss = _svi.check_loss(svi, "IVON")
-        if (uncompiled := _svi.evaluated_as(loss)) is not type(loss):
+        if uncompiled := _svi.compiled_from(loss):
             raise TypeError(
                 f"IVON draws the weights of every step anew; got {type(loss).__name__}, which records the draws of the "
                 f"first. Use {uncompiled.__name__}."

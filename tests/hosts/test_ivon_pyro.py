@@ -19,7 +19,14 @@ torch = pytest.importorskip("torch")
 pyro = pytest.importorskip("pyro")
 from pyro import distributions as dist  # noqa: E402
 from pyro import poutine  # noqa: E402
-from pyro.infer import SVI, JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO  # noqa: E402
+from pyro.infer import (  # noqa: E402
+    SVI,
+    JitTrace_ELBO,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value  # noqa: E402
 from pyro.optim import Adam  # noqa: E402
 from torch import nn  # noqa: E402
@@ -387,11 +394,12 @@ def test_a_single_network_with_a_double_site_and_a_half_forward_pass(preconditio
 # The host's losses, and what is refused
 
 
-def test_the_mean_field_elbo_gives_the_same_steps():
+@pytest.mark.parametrize("kind", [TraceMeanField_ELBO, TraceGraph_ELBO])
+def test_every_elbo_gives_the_same_steps(kind):
     ends = []
-    for kind in (Trace_ELBO, TraceMeanField_ELBO):
+    for loss in (Trace_ELBO(), kind()):
         pyro.set_rng_seed(0)
-        fit = Fit("AutoNormal", kind())
+        fit = Fit("AutoNormal", loss)
         fit.run(3)
         ends.append(fit.state()[1])
     for field in ("momentum", "hessian"):
