@@ -265,3 +265,28 @@ def test_the_formula_of_the_minibatches_is_the_density_of_both_models(name, both
         constants.append([found + jacobian - expected, float(trace.log_prob_sum()) + jacobian - expected])
     # NumPyro's negative binomial is right to a hundred-millionth of its 70,000 nats
     assert_allclose(constants, np.full((3, 2), constants[0][0]), rtol=0, atol=0.005)
+
+
+@pytest.mark.slow
+def test_the_models_of_many_coordinates_are_the_same_in_both_hosts(both, load):
+    """Log density at a draw of the prior, and the number of coordinates."""
+    import jax
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.infer.util
+    import pyro.poutine
+    import torch
+    from pyro.poutine.util import prune_subsample_sites
+
+    pytest.importorskip("sklearn")
+    pytest.importorskip("statsmodels")
+    module = load("_models_many")
+    mine, theirs = module.models(numpyro, jnp), module.models(pyro, torch)
+    assert tuple(mine) == tuple(theirs) == module.MODELS
+    for name, (model, data) in theirs.items():
+        trace = prune_subsample_sites(pyro.poutine.trace(model).get_trace(*map(torch.as_tensor, data)))
+        values = {site: trace.nodes[site]["value"].numpy() for site in trace.stochastic_nodes}
+        assert sum(value.size for value in values.values()) > 256
+        with jax.numpy_dtype_promotion("standard"), numpyro.handlers.seed(rng_seed=0):
+            found = float(numpyro.infer.util.log_density(mine[name][0], mine[name][1], {}, values)[0])
+        assert_allclose(found, float(trace.log_prob_sum()), rtol=1e-9)
