@@ -25,6 +25,7 @@ Source: Jöreskog 1967 for the profile over F of the mirror image, log |Σ| + tr
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -45,7 +46,7 @@ class LowRankPrecision(DensePrecision):
     """S, and the Σ of low rank that is closest to it.
 
     Attributes:
-        own: (a | F) of every low-rank block, [D, 1 + r]; None of the others.
+        own: (a | F) of every low-rank block, [*batch, D, 1 + r]; None of the others.
         blocks: all of them.
     """
 
@@ -62,7 +63,7 @@ class LowRankPrecision(DensePrecision):
 
     def at(self, matrix: Array) -> Self:
         own = tuple(
-            None if scale is None else _closest(_part(matrix, block), _part(self.matrix, block), scale)
+            None if scale is None else _closest(_parts(matrix, block), _parts(self.matrix, block), scale)
             for block, scale in zip(self.blocks, self.own, strict=True)
         )
         return replace(self, matrix=matrix, own=own)
@@ -85,16 +86,21 @@ def factored(blocks: tuple[Block, ...], scales: tuple[Any, ...]) -> tuple[tuple[
 
 def _scale_tril(scale: Array) -> Array:
     """C = diag(a) chol(I + W Wᵀ) with F = diag(a) W, which has no units either."""
-    root, factor = scale[:, 0], scale[:, 1:] / scale[:, :1]
-    return root[:, None] * jnp.linalg.cholesky(jnp.eye(len(scale), dtype=scale.dtype) + factor @ factor.T)
+    root, factor = scale[..., :1], scale[..., 1:] / scale[..., :1]
+    identity = jnp.eye(scale.shape[-2], dtype=scale.dtype)
+    return root * jnp.linalg.cholesky(identity + factor @ jnp.swapaxes(factor, -1, -2))
 
 
-def _part(matrix: Array, block: Block) -> Array:
-    return matrix[block.start : block.stop, block.start : block.stop]
+def _parts(matrix: Array, block: Block) -> Array:
+    """S of every vector of the block, [*batch, D, D]."""
+    size = block.shape[-1]
+    parts = [matrix[start : start + size, start : start + size] for start in range(block.start, block.stop, size)]
+    return jnp.stack(parts).reshape(*block.shape, size)
 
 
+@partial(jnp.vectorize, signature="(d,d),(d,d),(d,k)->(d,k)")
 def _closest(matrix: Array, last_matrix: Array, scale: Array) -> Array:
-    """(a | F) closest to S, from what was closest to the last S."""
+    """(a | F) closest to S, from what was closest to the last S; for each vector of a batch."""
     diagonal, rank = jnp.diagonal(matrix), scale.shape[1] - 1
     unit = matrix / jnp.sqrt(jnp.outer(diagonal, diagonal))
 

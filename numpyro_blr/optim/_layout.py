@@ -175,7 +175,7 @@ def gather(layout: Layout, params: Mapping[str, Any]) -> tuple[Array, tuple[Arra
         locs.append(params[site.loc])
         scale: Any = None if site.scale is None else biject_to(site.constraint)(params[site.scale])
         if site.factor is not None:
-            scale = scale[:, None] * jnp.pad(params[site.factor], ((0, 0), (1, 0)), constant_values=1)
+            scale = scale[..., None] * jnp.concatenate([jnp.ones_like(scale)[..., None], params[site.factor]], -1)
         scales.append(scale)
     return jnp.concatenate([jnp.ravel(loc) for loc in locs] or [jnp.zeros(0)]), tuple(scales)
 
@@ -195,7 +195,7 @@ def scatter(layout: Layout, loc: Array, scales: tuple[Array | None, ...], params
         result[site.loc] = value.astype(params[site.loc].dtype)
         if site.factor is not None:
             assert scale is not None  # with the factor
-            scale, factor = scale[:, 0], scale[:, 1:] / scale[:, :1]
+            scale, factor = scale[..., 0], scale[..., 1:] / scale[..., :1]
             result[site.factor] = factor.astype(params[site.factor].dtype)
         if site.scale is not None:
             result[site.scale] = biject_to(site.constraint).inv(scale).astype(params[site.scale].dtype)

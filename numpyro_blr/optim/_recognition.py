@@ -395,15 +395,15 @@ def _match_low_rank(
 ) -> _Match:
     """Of the covariance diag(s) (I + W Wᵀ) diag(s) whose s and W are parameters."""
     scale = _source(arrays["cov_diag"], fed, jnp.square)
-    if scale is not None and arrays["loc"].ndim == 1:
-        made = next(values[scale] for values in fed if scale in values)
-        factor = _source(arrays["cov_factor"], fed, lambda value: made[:, None] * value)
+    if scale is not None:
+        made = jnp.sqrt(arrays["cov_diag"])
+        factor = _source(arrays["cov_factor"], fed, lambda value: made[..., None] * value)
         if factor is not None and _unconstrained(guide_trace[factor]):
             return _Match(loc, scale, "low rank", _constraint(guide_trace[scale]), factor)
     raise ValueError(
-        f"The low-rank covariance of site '{name}' is not recognised: expected a vector with cov_diag = s² and "
-        "cov_factor = s[:, None] * W of two parameters s and W, as AutoLowRankMultivariateNormal has them. Use "
-        "that guide, or a MultivariateNormal (full rank)."
+        f"The low-rank covariance of site '{name}' is not recognised: expected cov_diag = s² and cov_factor = "
+        "s[..., None] * W of two parameters s and W, as AutoLowRankMultivariateNormal has them. Use that guide, or a "
+        "MultivariateNormal (full rank)."
     )
 
 

@@ -43,7 +43,7 @@ class LowRankPrecision(DensePrecision):
     """S, and the Σ of low rank that is closest to it.
 
     Attributes:
-        own: (a | F) of every low-rank block, [D, 1 + r]; None of the others.
+        own: (a | F) of every low-rank block, [*batch, D, 1 + r]; None of the others.
         blocks: all of them.
     """
 
@@ -60,7 +60,7 @@ class LowRankPrecision(DensePrecision):
 
     def at(self, matrix: Tensor) -> Self:
         own = tuple(
-            None if scale is None else _closest(_part(matrix, block), _part(self.matrix, block), scale)
+            None if scale is None else _closest(_parts(matrix, block), _parts(self.matrix, block), scale)
             for block, scale in zip(self.blocks, self.own, strict=True)
         )
         return replace(self, matrix=matrix, own=own)
@@ -83,16 +83,21 @@ def factored(blocks: tuple[Block, ...], scales: tuple[Any, ...]) -> tuple[tuple[
 
 def _scale_tril(scale: Tensor) -> Tensor:
     """C = diag(a) chol(I + W Wᵀ) with F = diag(a) W, which has no units either."""
-    root, factor = scale[:, 0], scale[:, 1:] / scale[:, :1]
-    return root[:, None] * _cholesky(torch.eye(len(scale)).to(scale) + factor @ factor.T)
+    root, factor = scale[..., :1], scale[..., 1:] / scale[..., :1]
+    return root * _cholesky(torch.eye(scale.shape[-2]).to(scale) + factor @ factor.mT)
 
 
-def _part(matrix: Tensor, block: Block) -> Tensor:
-    return matrix[block.start : block.stop, block.start : block.stop]
+def _parts(matrix: Tensor, block: Block) -> Tensor:
+    """S of every vector of the block, [*batch, D, D]."""
+    size = block.shape[-1]
+    parts = [matrix[start : start + size, start : start + size] for start in range(block.start, block.stop, size)]
+    return torch.stack(parts).reshape(*block.shape, size)
 
 
 def _closest(matrix: Tensor, last_matrix: Tensor, scale: Tensor) -> Tensor:
-    """(a | F) closest to S, from what was closest to the last S."""
+    """(a | F) closest to S, from what was closest to the last S; for each vector of a batch."""
+    if scale.ndim > 2:
+        return torch.stack([_closest(*each) for each in zip(matrix, last_matrix, scale, strict=True)])
     diagonal, rank = matrix.diagonal(), scale.shape[1] - 1
     unit = matrix / torch.outer(diagonal, diagonal).sqrt()
     if not unit.isfinite().all():

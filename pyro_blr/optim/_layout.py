@@ -206,7 +206,7 @@ def constrained(layout: Layout, loc: Tensor, scales: tuple[Tensor | None, ...]) 
         if scale is None:
             continue
         if site.block.structure == "low rank":
-            values[site.scale[0]], values[site.scale[1]] = scale[:, 0], scale[:, 1:] / scale[:, :1]
+            values[site.scale[0]], values[site.scale[1]] = scale[..., 0], scale[..., 1:] / scale[..., :1]
         elif len(site.scale) == 2:
             diagonal = scale.diagonal(dim1=-2, dim2=-1)
             values[site.scale[0]], values[site.scale[1]] = diagonal, scale / diagonal[..., None]

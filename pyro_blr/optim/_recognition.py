@@ -317,15 +317,14 @@ def _match(name: str, message: Any, probe: Probe) -> _Match | None:
     def low_rank_sources(base: Any) -> tuple[str, str]:
         """s and W, of the covariance diag(s) (I + W Wᵀ) diag(s)."""
         scale = source(base.cov_diag, torch.square)
-        if scale is not None and base.loc.ndim == 1:
-            made = dict(fed)[scale]
-            factor = source(base.cov_factor, lambda value: made[:, None] * value)
+        if scale is not None:
+            factor = source(base.cov_factor, lambda value: base.cov_diag.sqrt()[..., None] * value)
             if factor is not None and _identity(probe.constraints[factor]):
                 return scale, factor
         raise ValueError(
-            f"The low-rank covariance of site '{name}' is not recognised: expected a vector with cov_diag = s² and "
-            "cov_factor = s[:, None] * W of two parameters s and W, as AutoLowRankMultivariateNormal has them. Use "
-            "that guide, or a MultivariateNormal (full rank)."
+            f"The low-rank covariance of site '{name}' is not recognised: expected cov_diag = s² and cov_factor = "
+            "s[..., None] * W of two parameters s and W, as AutoLowRankMultivariateNormal has them. Use that guide, or "
+            "a MultivariateNormal (full rank)."
         )
 
     def scale_source(scale: Tensor) -> tuple[str | None, Any]:

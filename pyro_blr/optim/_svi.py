@@ -637,7 +637,7 @@ def _replaced(fn: Any, loc: Tensor, scale: Tensor | None) -> Any:
         return dist.Delta(loc.expand_as(fn.v), fn.log_density, fn.event_dim)
     if isinstance(fn, torch.distributions.LowRankMultivariateNormal):
         assert scale is not None  # or it would not be one of our sites
-        return dist.LowRankMultivariateNormal(loc, scale[:, 1:], scale[:, 0] ** 2)
+        return dist.LowRankMultivariateNormal(loc, scale[..., 1:], scale[..., 0] ** 2)
     if isinstance(fn, torch.distributions.MultivariateNormal):
         factor = fn.scale_tril if scale is None else scale.expand_as(fn.scale_tril)
         return dist.MultivariateNormal(loc.expand_as(fn.loc), scale_tril=factor)

@@ -25,6 +25,7 @@ numpyro = pytest.importorskip("numpyro")
 jnp, dist = jax.numpy, numpyro.distributions
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO  # noqa: E402
 from numpyro.infer.autoguide import (  # noqa: E402
+    AutoBatchedLowRankMultivariateNormal,
     AutoBatchedMultivariateNormal,
     AutoBNAFNormal,
     AutoMultivariateNormal,
@@ -547,6 +548,27 @@ def test_one_step_is_exact_for_a_guide_of_one_covariance_a_group(random):
         mean, covariance = reference.linear_gaussian(rows, targets, np.repeat([spread, 1.0], [8, 2]))
         assert_allclose(loc, mean, rtol=1e-10)
         assert_allclose(factor @ factor.T, covariance, rtol=1e-10)
+
+
+@pytest.mark.slow
+def test_a_guide_of_one_low_rank_covariance_a_group_is_full_rank_where_its_rank_is(random):
+    """AutoBatchedLowRankMultivariateNormal with rank 1 in two dimensions, of which it misses nothing."""
+    x, y, spread = random.normal(size=(3, 8, 2)), random.normal(size=(3, 8)), 0.5
+
+    def groups():
+        with numpyro.plate("groups", 3):
+            weights = numpyro.sample("weights", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+            numpyro.sample("y", dist.Normal(jnp.einsum("gnp,gp->gn", x, weights), spread).to_event(1), obs=y)
+
+    guide = partial(AutoBatchedLowRankMultivariateNormal, batch_ndim=1, rank=1)
+    params = make_svi(groups, guide, learning_rate=None).run(jax.random.key(0), 15, progress_bar=False).params
+    for group, (loc, scale, factor) in enumerate(
+        zip(params["auto_loc"], params["auto_scale"], params["auto_cov_factor"], strict=True)
+    ):
+        rows, targets = np.vstack([x[group], np.eye(2)]), np.append(y[group], np.zeros(2))
+        mean, covariance = reference.linear_gaussian(rows, targets, np.repeat([spread, 1.0], [8, 2]))
+        assert_allclose(loc, mean, rtol=1e-8)
+        assert_allclose(np.outer(scale, scale) * (np.eye(2) + factor @ factor.T), covariance, rtol=1e-6)
 
 
 def test_one_step_is_exact_where_the_host_sums_out_a_discrete_latent():

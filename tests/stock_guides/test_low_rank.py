@@ -49,6 +49,31 @@ def counts(host):
     return model
 
 
+def in_groups(host):
+    """z_g ~ N(0, 10²) with y_g = X_g z_g + noise of 1/2, for each group g."""
+
+    def model(x, y):
+        with host.plate("groups", len(x)):
+            z = host.sample("z", host.dist.Normal(host.array(np.zeros(x.shape[2])), 10.0).to_event(1))
+            host.sample("y", host.dist.Normal((x @ z[..., None])[..., 0], 0.5).to_event(1), obs=y)
+
+    return model
+
+
+def a_covariance_each(host, model):
+    """A covariance diag(s_g) (I + W_g W_gᵀ) diag(s_g) of rank one for each group."""
+
+    def guide(x, y):
+        groups, _, size = x.shape
+        loc = host.param("loc", host.array(np.zeros((groups, size))))
+        factor = host.param("factor", host.array(np.zeros((groups, size, 1))))
+        scale = host.param("scale", host.array(np.ones((groups, size))), constraint=host.constraints.positive)
+        with host.plate("groups", groups):
+            host.sample("z", host.dist.LowRankMultivariateNormal(loc, scale[..., None] * factor, scale**2))
+
+    return guide
+
+
 @pytest.fixture(scope="module")
 def data():
     random = np.random.default_rng(6)  # of many that have one optimum, and that with all a > 0
@@ -101,6 +126,19 @@ def test_it_ends_at_the_best_covariance_of_its_rank(backend, data, options):
     assert_allclose(divergence(precision, covariance), least, atol=1e-8)
     assert divergence(precision, np.diag(1 / np.diag(precision))) > least + 1, "or mean field would do"
     assert least > 1e-3, "or full rank would do"
+
+
+def test_each_group_of_a_plate_has_the_best_covariance_of_its_rank(backend):
+    random = np.random.default_rng(6)  # of many that have all a > 0
+    x, y = random.normal(size=(3, 9, 4)) @ (np.eye(4) + 0.5 * random.normal(size=(3, 4, 4))), random.normal(size=(3, 9))
+    fit = backend.start(in_groups, a_covariance_each, (x, y), learning_rate=1.0).run(15)
+    ((loc, covariance),) = fit.gaussians().values()
+    for group, rows in enumerate(np.split(np.arange(12), 3)):
+        precision = x[group].T @ x[group] / 0.5**2 + np.eye(4) / 10**2
+        assert_allclose(loc[rows], np.linalg.solve(precision, x[group].T @ y[group] / 0.5**2), rtol=1e-8)
+        least = least_divergence(precision, 1)
+        assert_allclose(divergence(precision, covariance[np.ix_(rows, rows)]), least, atol=1e-8)
+        assert least > 1e-3, "or full rank would do"
 
 
 @pytest.mark.slow
