@@ -373,9 +373,15 @@ def _warn(result: Fit, opt_state: OptState, at_end: _AtEnd | None, max_steps: in
         warnings.warn(f"fit: {text}", stacklevel=4)
 
     if not result.converged:
+        more = ""
+        if opt_state.estimator == "hutchinson":
+            more = (
+                " Curvatures here are diagonal: where coordinates act together, as the steps of a random walk do, "
+                "optimizer=BLR(estimator='hessian') takes longer for a step and far fewer of them."
+            )
         warn(
             f"not converged in {result.steps} steps (max_steps={max_steps}): {result.reason}. Give more steps or a "
-            "larger tolerance, and look at `.plot()`."
+            f"larger tolerance, and look at `.plot()`.{more}"
         )
     if stood_still == result.steps:
         warn(

@@ -278,6 +278,12 @@ def test_the_history_has_a_number_for_each_check(backend, of_poisson):
     assert of_poisson.history["rate"][-1] == float(backend.gaussian_of(of_poisson).rate.taken)
 
 
+def test_diagonal_curvatures_that_do_not_converge_are_told_of_whole_ones(backend):
+    diagonal = backend.BLR(estimator="hutchinson")
+    with pytest.warns(UserWarning, match=r"not converged in 1 steps.*Curvatures here are diagonal.*='hessian'"):
+        backend.fit(poisson, "AutoNormal", poisson_data(), max_steps=1, optimizer=diagonal)
+
+
 def test_a_budget_that_ends_is_said_and_a_seed_gives_the_same_numbers_whatever_the_budget(backend, of_poisson):
     with pytest.warns(UserWarning, match=r"not converged in 2 steps \(max_steps=2\): .*Give more steps"):
         same, other = (
