@@ -213,6 +213,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro_blr import BLR
 def model(): pyro.sample('z', dist.Normal(2.0, 1.0))
+pyro.set_rng_seed(0)  # once in 400 a pair of draws beyond three standard deviations has the rate cut
 guide = AutoNormal(model)
 SVI(model, guide, BLR(), Trace_ELBO()).step()
 assert abs(guide.median()['z'] - 2) < 1e-5
