@@ -339,7 +339,8 @@ def _match(name: str, message: Any, probe: Probe) -> _Match | None:
 
     base, _ = unwrap(message["fn"])
     if isinstance(base, dist.Delta):
-        loc = source(base.v)
+        # to the last bit: a draw of another site, too, may come within rounding of a parameter
+        loc = next((param for param, value in fed if torch.equal(value, base.v.detach())), None)
         return None if loc is None else _Match(loc, (), "point")
     if not isinstance(
         base, (torch.distributions.Normal, dist.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)

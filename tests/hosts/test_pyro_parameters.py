@@ -268,3 +268,20 @@ def test_the_weights_of_a_module_that_are_no_parameters_of_pyro_are_left_to_othe
         warnings.simplefilter("ignore")
         run(svi, 2)
     assert (net.weight != before).all()
+
+
+def test_a_draw_that_is_close_to_a_parameter_by_chance_is_no_point_at_it():
+    """In single precision that happened to one of some thousand starts, and the guide was refused."""
+
+    def guide():
+        loc = pyro.param("loc", torch.tensor(0.3))
+        scale = pyro.param("scale", torch.tensor(0.5), constraint=dist.constraints.positive)
+        pyro.sample("z", dist.Normal(loc, scale))
+        pyro.sample("by_chance", dist.Delta(scale.detach() * (1 + 1e-6)), infer={"is_auxiliary": True})
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(2.0))
+
+    make_svi(model, guide, learning_rate=1.0).step()
+    assert_allclose(stored()["loc"], 1.0, rtol=1e-12)
