@@ -119,6 +119,7 @@ class Bridge:
             rate=rate,
             radius=self.scalar(state.radius, made.radius),
             skipped=self.scalar(state.skipped, made.skipped),
+            num_averaged=made.num_averaged if state.num_averaged is None else self.array(state.num_averaged),
         )
 
     def as_reference(self, state: Any) -> reference.State:
@@ -132,6 +133,7 @@ class Bridge:
             last_gradient=self.to_numpy(state.rate.last_gradient),
             radius=float(state.radius),
             skipped=int(state.skipped),
+            num_averaged=self.to_numpy(state.num_averaged),
         )
 
     def objective(
@@ -177,15 +179,20 @@ class Bridge:
         weight: np.ndarray | None = None,
         minibatch: bool = False,
         temperature: float = 1.0,
+        newton: bool = False,
     ) -> Callable:
-        """(state, noise [K, D], probes [2 K, D] or None) -> (state, estimate, moved), compiled where that exists."""
+        """(state, noise [K, D], probes [2 K, D] or None) -> (state, estimate, moved), compiled where that exists.
+
+        With `newton` the mean moves by conjugate gradients.
+        """
         blocks = self.blocks(parts)
         weight = None if weight is None else self.array(weight)
 
         def step(state, noise, probes):
             objective = self.blr.tempered(self.objective(problem, parts, noise, weight, minibatch), blocks, temperature)
             draws = self.draws(len(noise), probes)
-            return self.blr.step(state, objective, blocks, None, draws, estimator, self.rate(learning_rate))
+            given = state, objective, blocks, None, draws, estimator, self.rate(learning_rate)
+            return self.blr.step(*given, self.gradients.product if newton else None)
 
         compiled = self.compiled(step)
         return lambda state, noise, probes=None: compiled(

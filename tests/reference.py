@@ -115,10 +115,10 @@ def safe_blend(curvature: np.ndarray, rate: float) -> np.ndarray:
     return np.where(positive, blended, np.maximum(blended, 0.25))
 
 
-def safe_diagonal(precision: np.ndarray, hessian: np.ndarray, rate: float) -> np.ndarray:
-    """The same, a coordinate at a time: each is a problem of dimension one."""
-    pairs = zip(precision, hessian, strict=True)
-    return np.array([safe_precision(np.array([[s]]), np.array([[h]]), rate).item() for s, h in pairs])
+def safe_diagonal(precision: np.ndarray, hessian: np.ndarray, rate: float | np.ndarray) -> np.ndarray:
+    """The same, a coordinate at a time: each is a problem of dimension one, with a rate of its own if they differ."""
+    triples = zip(precision, hessian, np.broadcast_to(rate, precision.shape), strict=True)
+    return np.array([safe_precision(np.array([[s]]), np.array([[h]]), float(r)).item() for s, h, r in triples])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,6 +138,7 @@ class State:
     last_gradient: np.ndarray | None = None  # zero before the first step
     radius: float = 1.0
     skipped: int = 0
+    num_averaged: np.ndarray | None = None  # zero before the first step
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ class Events:
     reflected: bool
     inside_noise: bool
     accepted: bool
+    turned: bool = False  # the mean, by conjugate gradients
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ class Estimate:
     losses: np.ndarray
     pair_gradients: np.ndarray
     hessian: np.ndarray
+    whole: np.ndarray | None = None  # E_q[H], where `hessian` is an estimate of its diagonal,
+    hessian_variance: np.ndarray | None = None  # with this variance
 
     @property
     def gradient(self) -> np.ndarray:
@@ -199,14 +203,17 @@ def second_order(problem, loc, factor, parts, noise, probes=None) -> Estimate:
     points = [loc + factor @ eps for eps in signed]
     gradients = np.array([problem.gradient(z) for z in points])
     hessians = np.array([problem.hessian(z) for z in points])
+    diagonals: dict = {}
     if probes is not None:
         sigma = factor.sum(1)
         for part in (part for part in parts if part.structure not in ("diagonal", "dense")):
             sigma[part.start : part.start + part.size] = UNKNOWN_SCALE
         products = [(u * ((sigma * u) @ hessian)).sum(0) for u, hessian in zip(probes, hessians, strict=True)]
+        diagonals = {"whole": hessians.mean(0)}
         hessians = np.array(products) / sigma
+        diagonals |= {"hessian_variance": hessians.var(0, ddof=1) / len(hessians)}
     pairs = (gradients[: len(noise)] + gradients[len(noise) :]) / 2
-    return Estimate(losses_at(problem, loc, factor, parts, signed), pairs, hessians.mean(0))
+    return Estimate(losses_at(problem, loc, factor, parts, signed), pairs, hessians.mean(0), **diagonals)
 
 
 def first_order(problem, loc, factor, parts, eps) -> Estimate:
@@ -232,6 +239,7 @@ def step(
     fixed_scale: float,
     draws: np.ndarray,
     minibatch: bool = False,
+    newton: bool = False,
 ) -> tuple[State, Events]:
     """One step of the Bayesian learning rule; `rate=None` searches for the rate.
 
@@ -239,6 +247,7 @@ def step(
         estimate_fn: (loc, factor) -> `Estimate`.
         draws: all ε of the step, [S, D], at which the search evaluates its proposals, with the scales of the start.
         minibatch: whether a gradient opposed to the last one counts as noise in any case, and not inside V alone.
+        newton: whether the mean moves by conjugate gradients, and a diagonal S at a rate of its own.
     """
     diagonal = state.precision.ndim == 1
     factor = factor_of(state.precision, parts, fixed_scale, state.radius)
@@ -249,8 +258,16 @@ def step(
 
     radius = min(1.0, 2 * state.radius)
 
+    direction, gains, num_averaged = None, 1.0, state.num_averaged
+    if newton and not minibatch:
+        direction = newton_direction(estimate.whole, estimate.gradient, safe_diagonal(state.precision, hessian, 1.0))
+    if direction is not None:
+        gains, num_averaged = gain(estimate, state.precision, parts, state.num_averaged)
+
     def propose(rate: float) -> tuple[np.ndarray, np.ndarray, bool]:
         safe = safe_diagonal if diagonal else safe_precision
+        if direction is not None:
+            return state.loc - rate * direction, safe(state.precision, hessian, np.minimum(rate, gains)), False
         precision = safe(state.precision, hessian, rate)
         reflected = not np.allclose(precision, (1 - rate) * state.precision + rate * hessian)
         return state.loc - rate * np.linalg.inv(as_matrix(precision)) @ estimate.gradient, precision, reflected
@@ -275,11 +292,43 @@ def step(
         most = estimate.gradient @ covariance @ estimate.gradient + len(loc)
         if not_worse(estimate.losses, losses_at(problem, loc, factor, parts, draws), most):
             next_rate = min(1.0, 1.7 * tried) if tries == 1 else tried
-            state = replace(state, rate=next_rate, taken=tried, noisy_steps=noisy_steps)
-            return replace(state, loc=loc, precision=precision, radius=radius), Events(tries, reflected, noisy, True)
+            state = replace(state, rate=next_rate, taken=tried, noisy_steps=noisy_steps, num_averaged=num_averaged)
+            event = Events(tries, reflected, noisy, True, direction is not None)
+            return replace(state, loc=loc, precision=precision, radius=radius), event
         tried *= 0.4
     rejected = replace(state, rate=0.4 * first, noisy_steps=noisy_steps, rejected=state.rejected + 1)
-    return rejected, Events(tries, reflected, noisy, False)
+    return rejected, Events(tries, reflected, noisy, False, direction is not None)
+
+
+def newton_direction(hessian: np.ndarray, gradient: np.ndarray, diagonal: np.ndarray) -> np.ndarray | None:
+    """d of (0.9 H + 0.1 diag s) d = g to a tenth of g, in the norm of diag s; None where there is negative curvature.
+
+    The best d in the span of S⁻¹ g and of what the matrix makes of it, one dimension after the other.
+    """
+    matrix = 0.9 * hessian + 0.1 * np.diag(diagonal)
+    direction, basis = np.zeros_like(gradient), np.zeros((len(gradient), 0))
+    for _ in range(30):
+        residual = gradient - matrix @ direction
+        if residual @ (residual / diagonal) <= 0.01 * gradient @ (gradient / diagonal):
+            break
+        basis = np.linalg.qr(np.column_stack([basis, residual / diagonal]))[0]
+        reduced = basis.T @ matrix @ basis
+        if np.linalg.eigvalsh(reduced).min() <= 0:
+            return None
+        direction = basis @ np.linalg.solve(reduced, basis.T @ gradient)
+    return direction
+
+
+def gain(estimate: Estimate, precision: np.ndarray, parts: Sequence, num_averaged: np.ndarray) -> tuple:
+    """(γ, n) of each coordinate: 1 − noise/change² of its part, or, where less than half, 2 / (n + 2)."""
+    gains, counts = np.ones_like(precision), np.array(num_averaged)
+    for part in parts:
+        here = slice(part.start, part.start + part.size)
+        change = (((estimate.hessian - precision) / precision)[here] ** 2).sum()
+        noise = (estimate.hessian_variance / precision**2)[here].sum()
+        counts[here] = 0 if change > 2 * noise else counts[here] + 1
+        gains[here] = 1 - noise / change if change > 2 * noise else 2 / (counts[here] + 2)
+    return gains, counts
 
 
 def inside_noise(estimate: Estimate, covariance: np.ndarray) -> bool:

@@ -38,7 +38,7 @@ class DiagonalPrecision:
         return cls(jnp.concatenate(parts))
 
     def blend(self, hessian: Array, rate: Array) -> DiagonalPrecision:
-        """s ← (1 − ρ) s + ρ h wherever that keeps more than (1 − ρ) s / 2, as it does for every h ≥ 0.
+        """s ← (1 − ρ) s + ρ h wherever that keeps more than (1 − ρ) s / 2, as it does for every h ≥ 0; ρ may be [D].
 
         Elsewhere h is reflected: s ← (1 − ρ) s + ρ |h|, at least s / 4. Positive for every h.
         """

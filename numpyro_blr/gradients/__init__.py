@@ -9,6 +9,7 @@ from .hessian import hessian as hessian
 from .hessian import hessians_at as hessians_at
 from .hutchinson import hutchinson as hutchinson
 from .hutchinson import parted as parted
+from .hutchinson import product as product
 from .reparameterized import reparameterized as reparameterized
 from .secant import Chords as Chords
 from .secant import chords as chords
@@ -26,6 +27,7 @@ __all__ = [
     "hessians_at",
     "hutchinson",
     "parted",
+    "product",
     "reparameterized",
     "secant",
     "secants_at",

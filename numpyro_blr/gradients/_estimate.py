@@ -93,6 +93,7 @@ class Estimate(NamedTuple):
         loss: L averaged; `losses` [S] are the single ones.
         gradient: E_q[g], [D]; `pair_gradients` [K, D] are its averages over each antithetic pair.
         hessian: E_q[H] as [D, D], or its diagonal as [D].
+        hessian_variance: of the diagonal as an average over the draws and their probes, [D]; None of a whole E_q[H].
         others: gradient with respect to the other parameters, from the same backward passes.
         extras: of the first draw.
         evaluations: gradients that it took; a Hessian counts as D, a Hessian-vector product as 2.
@@ -106,6 +107,7 @@ class Estimate(NamedTuple):
     others: Any
     extras: Extras
     evaluations: Any = 0
+    hessian_variance: Any = None
 
 
 def value_and_gradients(objective: Objective, argnums: tuple[int, ...], forward: bool) -> Callable:
@@ -138,4 +140,5 @@ def average_over_pairs(
         others=jax.tree.map(lambda leaf: leaf.mean(0), others),
         extras=jax.tree.map(lambda leaf: leaf[0], extras),
         evaluations=cost * len(losses),
+        hessian_variance=hessian.var(0) / (len(losses) - 1) if hessian.ndim == 2 else None,
     )

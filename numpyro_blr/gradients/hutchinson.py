@@ -12,6 +12,7 @@ Source: Hutchinson 1990; Bekas, Kokiopoulou & Saad 2007 for the diagonal and for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from ..families import Block
 from ._estimate import Draws, Estimate, Objective, average_over_pairs, value_and_gradients
 from ._second import NO_DERIVATIVE, Products, by_differences, by_forward_mode, standard_deviations, where_known
 
-__all__ = ["hutchinson", "parted"]
+__all__ = ["hutchinson", "parted", "product"]
 
 MAX_PARTS = 4
 
@@ -64,6 +65,27 @@ def hutchinson(
     except NO_DERIVATIVE:
         diagonals, losses, gradients, g_others, extras = at_every_draw(by_differences)
     return average_over_pairs(losses, gradients, diagonals, g_others, extras, cost)
+
+
+def product(
+    objective: Objective,
+    loc: Array,
+    scales: tuple[Array | None, ...],
+    others: Any,
+    draws: Draws,
+    *,
+    forward: bool = False,
+) -> Callable[[Array], Array] | None:
+    """v -> E_q[H] v at the given draws, two gradients a draw; None where the model has no second derivative."""
+    evaluate = value_and_gradients(objective, (0,), forward)
+
+    def gradient(loc: Array) -> Array:
+        return jax.vmap(lambda draw: evaluate(loc, scales, others, draw)[1][0])(draws).mean(0)
+
+    try:
+        return jax.linearize(gradient, loc)[1]
+    except NO_DERIVATIVE:
+        return None
 
 
 def parted(signs: Array, blocks: tuple[Block, ...]) -> Array:

@@ -21,17 +21,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
-from ..families import Block, Precision, factored
+from ..families import Block, DiagonalPrecision, Precision, factored
 from ..gradients import Draws, Estimate, Objective
 from ..gradients.recycled import scaled
-from . import _rate
+from . import _newton, _rate
 
 __all__ = ["State", "all_finite", "beside", "completed", "init", "scales_of", "select", "skipped", "step", "tempered"]
 
 RETREAT = 1 / 64  # of the radius
 BESIDE = 0.01
+
+
+Product = Callable[..., Callable[[Array], Array] | None]
+"""(L, m, scales, others, draws) -> (v -> E_q[H] v), or None where there is no such derivative."""
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +52,7 @@ class State:
         evaluations: gradients of ℓ so far; a Hessian counts as D, a Hessian-vector product as 2, a loss as 1.
         residual: r² = gᵀ S⁻¹ g where the last step began, the squared length of the natural gradient of m in the Fisher
             norm; `error` is V, its Monte Carlo variance. NaN before the first step, and of a single draw.
+        num_averaged: n of each coordinate, the steps over which a diagonal S is averaged (`_newton.py`), [D].
         recycling: the draws that are kept for later steps (`_recycled.Recycling`); None where they are not.
     """
 
@@ -59,6 +64,7 @@ class State:
     evaluations: Array
     residual: Array
     error: Array
+    num_averaged: Array
     recycling: Any = None
 
 
@@ -73,6 +79,7 @@ def init(loc: Array, precision: Precision, recycling: Any = None) -> State:
         evaluations=jnp.zeros((), loc.dtype),
         residual=jnp.full((), jnp.nan, loc.dtype),
         error=jnp.full((), jnp.nan, loc.dtype),
+        num_averaged=jnp.zeros_like(loc),
         recycling=recycling,
     )
 
@@ -91,6 +98,7 @@ def step(
     draws: Draws | None,
     estimator: Callable[..., Estimate],
     learning_rate: Array | None = None,
+    product: Product | None = None,
 ) -> tuple[State, Estimate, Array]:
     """One step of the rule.
 
@@ -98,6 +106,7 @@ def step(
         objective: L(m, C; ε), see `gradients/_estimate.py`.
         others: parameters of the objective that are no part of the Gaussian; differentiated, not moved.
         learning_rate: ρ; None lets the draws choose it (`_rate.py`).
+        product: for a diagonal S, of the products that move the mean (`_newton.py`); None where S moves it.
 
     Returns:
         the next state, the estimate, and whether the Gaussian moved. Where the loss, a gradient or the proposed state
@@ -110,10 +119,22 @@ def step(
     assert estimate.extras.weight is not None  # `completed` fills it in
     covered = estimate.extras.weight > 0
 
+    newton = _newton.none(state.num_averaged, state.loc)
+    if product is not None:
+        alike = usable & ((estimate.extras.weight == 1) | ~covered).all() & ~jnp.asarray(estimate.extras.minibatch)
+
+        def solved() -> _newton.Newton:
+            assert isinstance(state.precision, DiagonalPrecision)  # with a dense one there is nothing to win
+            by = product(objective, state.loc, scales, others, draws)
+            return newton if by is None else _newton.find(by, estimate, state.precision, blocks, state.num_averaged)
+
+        newton = lax.cond(alike, solved, lambda: newton)
+
     def propose(rate: Array) -> tuple[Array, Precision]:
-        precision = state.precision.blend(estimate.hessian, rate)
-        direction = jnp.where(covered, precision.solve(estimate.gradient), 0)
-        return state.loc - rate * direction, precision
+        of_precision = rate if product is None else jnp.minimum(rate, newton.gain)
+        precision = state.precision.blend(estimate.hessian, of_precision)
+        by_precision = jnp.where(covered, precision.solve(estimate.gradient), 0)
+        return state.loc - rate * jnp.where(newton.found, newton.direction, by_precision), precision
 
     def propose_and_evaluate(rate: Array) -> tuple[tuple[Array, Precision], Array]:
         loc, precision = propose(rate)
@@ -138,10 +159,11 @@ def step(
         usable &= all_finite(loc, precision, scales_of(precision, blocks, state.radius))
         moved = usable
 
-    evaluations = (estimate.evaluations + len(estimate.losses) * proposals).astype(loc.dtype)
+    evaluations = estimate.evaluations + len(estimate.losses) * (proposals + 2 * newton.num_products)
+    evaluations = jnp.asarray(evaluations, loc.dtype)
     state = replace(state, evaluations=state.evaluations + evaluations, residual=residual, error=error)
     radius = jnp.minimum(1, 2 * state.radius)
-    accepted = replace(state, loc=loc, precision=precision, rate=rate, radius=radius)
+    accepted = replace(state, loc=loc, precision=precision, rate=rate, radius=radius, num_averaged=newton.num_averaged)
     rejected = replace(state, rate=rate)
     unusable = skipped(state)
     moved &= usable

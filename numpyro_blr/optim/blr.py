@@ -38,12 +38,13 @@ from ..gradients import (
     hessian,
     hutchinson,
     parted,
+    product,
     reparameterized,
     secant,
 )
 from . import _options, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
-from ._gaussian import State, all_finite, beside, init, scales_of, select, step, tempered
+from ._gaussian import Product, State, all_finite, beside, init, scales_of, select, step, tempered
 from ._layout import Layout, gather, gather_members, joined, scatter, scatter_members
 from ._noise import digest_of
 from ._recognition import halved, recognise
@@ -312,6 +313,7 @@ class BLR(numpyro.optim._NumPyroOptim):
                 draws,
                 self._estimator(fn, opt_state, forward_mode_differentiation),
                 self._rate(count, gaussian.loc.dtype),
+                self._product(opt_state, forward_mode_differentiation),
             )
         if gaussian is not None:
             scales = scales_of(gaussian.precision, layout.blocks, jnp.ones((), gaussian.loc.dtype))
@@ -417,6 +419,11 @@ class BLR(numpyro.optim._NumPyroOptim):
         if opt_state.estimator == "hessian":
             return partial(hessian, split=self._split(fn, opt_state), forward=forward)
         return partial({"hutchinson": hutchinson, "secant": secant}[opt_state.estimator], forward=forward)
+
+    def _product(self, opt_state: OptState, forward: bool) -> Product | None:
+        """E_q[H] v, where S is a diagonal and the rate is chosen."""
+        by_products = opt_state.estimator == "hutchinson" and self.learning_rate is None
+        return partial(product, forward=forward) if by_products else None
 
     def _rate(self, count: Array, dtype: Any) -> Array | None:
         if self.learning_rate is None:

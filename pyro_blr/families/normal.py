@@ -37,8 +37,8 @@ class DiagonalPrecision:
         ]
         return cls(torch.cat(parts))
 
-    def blend(self, hessian: Tensor, rate: float) -> DiagonalPrecision:
-        """s ← (1 − ρ) s + ρ h wherever that keeps more than (1 − ρ) s / 2, as it does for every h ≥ 0.
+    def blend(self, hessian: Tensor, rate: float | Tensor) -> DiagonalPrecision:
+        """s ← (1 − ρ) s + ρ h wherever that keeps more than (1 − ρ) s / 2, as it does for every h ≥ 0; ρ may be [D].
 
         Elsewhere h is reflected: s ← (1 − ρ) s + ρ |h|, at least s / 4. Positive for every h.
         """

@@ -144,6 +144,7 @@ class Estimate(NamedTuple):
         loss: L averaged; `losses` [S] are the single ones.
         gradient: E_q[g], [D]; `pair_gradients` [K, D] are its averages over each antithetic pair.
         hessian: E_q[H] as [D, D], or its diagonal as [D].
+        hessian_variance: of the diagonal as an average over the draws and their probes, [D]; None of a whole E_q[H].
         others: None: in Pyro the other parameters have their gradients from the host's own backward pass.
         extras: of the first draw.
         evaluations: gradients that it took; a Hessian counts as D, a Hessian-vector product as 2.
@@ -157,6 +158,7 @@ class Estimate(NamedTuple):
     others: Any
     extras: Extras
     evaluations: int = 0
+    hessian_variance: Tensor | None = None
 
 
 def each_draw(draws: Draws) -> list[Draws]:
@@ -230,4 +232,5 @@ def average_over_pairs(losses: Tensor, gradients: Tensor, hessians: Tensor, extr
         others=None,
         extras=extras,
         evaluations=cost * len(losses),
+        hessian_variance=hessians.var(0, correction=0) / (len(losses) - 1) if hessians.ndim == 2 else None,
     )

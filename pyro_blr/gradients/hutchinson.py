@@ -19,10 +19,19 @@ import torch
 from torch import Tensor
 
 from ..families import Block
-from ._estimate import Draws, Estimate, Objective, at_every_draw, average_over_pairs, each_draw, value_and_gradient
+from ._estimate import (
+    Draws,
+    Estimate,
+    Objective,
+    Vectorised,
+    at_every_draw,
+    average_over_pairs,
+    each_draw,
+    value_and_gradient,
+)
 from ._second import by_differences, gradient_of, standard_deviations, unknown
 
-__all__ = ["hutchinson", "parted"]
+__all__ = ["hutchinson", "parted", "product"]
 
 MAX_PARTS = 4
 
@@ -65,6 +74,32 @@ def hutchinson(
     return average_over_pairs(losses, gradients, diagonals, extras, cost)
 
 
+def product(
+    objective: Objective,
+    loc: Tensor,
+    scales: tuple[Tensor | None, ...],
+    others: Any,
+    draws: Draws,
+) -> Callable[[Tensor], Tensor]:
+    """v -> E_q[H] v at the given draws, two gradients a draw."""
+    graphs: list[tuple[Tensor, Tensor]] = []  # of ∇ℓ in m, one a draw, from the first product on
+
+    def expected(vector: Tensor) -> Tensor:
+        if isinstance(objective, Vectorised):
+            found = objective.at_all(_product, loc, scales, draws, vector.expand(len(draws.number), -1))
+            if found is not None:
+                return found[0].mean(0)
+        if not graphs:
+            graphs.extend(value_and_gradient(objective, loc, scales, others, draw)[2:] for draw in each_draw(draws))
+        image = torch.zeros_like(vector)
+        for gradient, location in graphs:
+            if gradient.requires_grad:  # not where ℓ is linear
+                image += torch.autograd.grad(gradient, location, vector, retain_graph=True, materialize_grads=True)[0]
+        return image / len(graphs)
+
+    return expected
+
+
 def parted(signs: Tensor, blocks: tuple[Block, ...]) -> Tensor:
     """The probes [S, P, D] with `signs` [S, D] in a part for each block; beyond four, the small ones share one."""
     parts = signs.new_zeros((min(len(blocks), MAX_PARTS), signs.shape[-1]))
@@ -91,5 +126,17 @@ def _products(loss: Callable[..., Tensor], forward: bool) -> Callable[..., tuple
             (gradient, value), pull_back = found
             (products,) = torch.func.vmap(lambda u: pull_back((u, torch.zeros_like(value))))(directions)
         return value, gradient, products
+
+    return at_draw
+
+
+def _product(loss: Callable[..., Tensor], forward: bool) -> Callable[..., tuple[Tensor, ...]]:
+    """H u of one draw."""
+
+    def at_draw(loc: Tensor, scales: tuple[Tensor | None, ...], direction: Tensor):
+        gradient = torch.func.grad(lambda loc: loss(loc, scales))
+        if forward:
+            return (torch.func.jvp(gradient, (loc,), (direction,))[1],)
+        return torch.func.vjp(gradient, loc)[1](direction)
 
     return at_draw

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..families import Block, DensePrecision, Precision, factored
+from ..families import Block, DensePrecision, DiagonalPrecision, Precision, factored
 from ..gradients import Draws, Estimate, Objective, losses_of
 from ..gradients.recycled import scaled
-from . import _rate
+from . import _newton, _rate
 
 __all__ = [
     "State",
@@ -46,6 +46,10 @@ RETREAT = 1 / 64  # of the radius
 BESIDE = 0.01
 
 
+Product = Callable[..., Callable[[Tensor], Tensor]]
+"""(L, m, scales, others, draws) -> (v -> E_q[H] v)."""
+
+
 @dataclass(frozen=True)
 class State:
     """The Gaussian and what the rule carries with it.
@@ -59,6 +63,7 @@ class State:
         evaluations: gradients of ℓ so far; a Hessian counts as D, a Hessian-vector product as 2, a loss as 1.
         residual: r² = gᵀ S⁻¹ g where the last step began, the squared length of the natural gradient of m in the Fisher
             norm; `error` is V, its Monte Carlo variance. NaN before the first step, and of a single draw.
+        num_averaged: n of each coordinate, the steps over which a diagonal S is averaged (`_newton.py`), [D].
         recycling: the draws that are kept for later steps (`_recycled.Recycling`); None where they are not.
     """
 
@@ -70,6 +75,7 @@ class State:
     evaluations: int
     residual: float
     error: float
+    num_averaged: Tensor
     recycling: Any = None
 
 
@@ -84,6 +90,7 @@ def init(loc: Tensor, precision: Precision, recycling: Any = None) -> State:
         evaluations=0,
         residual=math.nan,
         error=math.nan,
+        num_averaged=torch.zeros_like(loc),
         recycling=recycling,
     )
 
@@ -102,6 +109,7 @@ def step(
     draws: Draws | None,
     estimator: Callable[..., Estimate],
     learning_rate: float | None = None,
+    product: Product | None = None,
 ) -> tuple[State, Estimate, bool]:
     """One step of the rule.
 
@@ -109,6 +117,7 @@ def step(
         objective: L(m, C; ε), see `gradients/_estimate.py`.
         others: parameters of the objective that are no part of the Gaussian; passed through.
         learning_rate: ρ; None lets the draws choose it (`_rate.py`).
+        product: for a diagonal S, of the products that move the mean (`_newton.py`); None where S moves it.
 
     Returns:
         the next state, the estimate, and whether the Gaussian moved. Where the loss, a gradient or the proposed state
@@ -123,7 +132,17 @@ def step(
     assert estimate.extras.weight is not None  # `completed` fills it in
     covered = estimate.extras.weight > 0
 
+    newton = _newton.none(state.num_averaged, state.loc)
+    alike = bool(((estimate.extras.weight == 1) | ~covered).all()) and not estimate.extras.minibatch
+    if product is not None and alike:
+        assert isinstance(state.precision, DiagonalPrecision)  # with a dense one there is nothing to win
+        by = product(objective, state.loc, scales, others, draws)
+        newton = _newton.find(by, estimate, state.precision, blocks, state.num_averaged)
+
     def propose(rate: float) -> tuple[Tensor, Precision]:
+        if newton.found and isinstance(state.precision, DiagonalPrecision):
+            loc = state.loc - rate * newton.direction
+            return loc, state.precision.blend(estimate.hessian, newton.gain.clamp(max=rate))
         precision = state.precision.blend(estimate.hessian, rate)
         direction = torch.where(covered, precision.solve(estimate.gradient), 0.0)
         return state.loc - rate * direction, precision
@@ -153,10 +172,11 @@ def step(
         if not moved:
             return skipped(state), estimate, False
 
-    evaluations = state.evaluations + len(estimate.losses) * proposals
+    evaluations = state.evaluations + len(estimate.losses) * (proposals + 2 * newton.num_products)
     state = replace(state, evaluations=evaluations, residual=residual, error=error, rate=rate)
     if moved:
-        state = replace(state, loc=loc, precision=precision, radius=min(1.0, 2 * state.radius))
+        radius, num_averaged = min(1.0, 2 * state.radius), newton.num_averaged
+        state = replace(state, loc=loc, precision=precision, radius=radius, num_averaged=num_averaged)
     return state, estimate, moved
 
 

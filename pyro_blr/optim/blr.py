@@ -44,13 +44,14 @@ from ..gradients import (
     hutchinson,
     orthogonal,
     parted,
+    product,
     recycled,
     reparameterized,
     secant,
 )
 from . import _drift, _missed, _options, _rate, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
-from ._gaussian import State, all_finite, beside, field_of, init, scales_of, step, tempered
+from ._gaussian import Product, State, all_finite, beside, field_of, init, scales_of, step, tempered
 from ._layout import Layout, gather, gather_members, joined, scatter, scatter_members
 from ._recognition import halved, recognise
 from ._traced import Traced, Tracer
@@ -379,6 +380,7 @@ class BLR(pyro.optim.PyroOptim):
                 draws,
                 self._estimator(state, split),
                 self._rate(state.count),
+                self._product(state),
             )
             loss = loss if layout.members else self.temperature * estimate.loss
         if gaussian is not None and moved:
@@ -497,6 +499,7 @@ class BLR(pyro.optim.PyroOptim):
             "radius": None if gaussian is None else gaussian.radius,
             "skipped": 0 if gaussian is None else gaussian.skipped,
             "evaluations": 0 if gaussian is None else gaussian.evaluations,
+            "num_averaged": None if gaussian is None else gaussian.num_averaged,
             "recycling": recycling_state(gaussian),
             "members": {
                 "rates": {
@@ -512,7 +515,7 @@ class BLR(pyro.optim.PyroOptim):
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Continue from `get_state()`; taken up at the next step, when the guide's parameters are there."""
         expected = {"count", "seed", "loc", "precision", "rate", "radius", "skipped", "evaluations", "recycling"}
-        expected |= {"low_rank", "members", "sites", "others"}
+        expected |= {"num_averaged", "low_rank", "members", "sites", "others"}
         if state_dict and set(state_dict) != expected:
             raise ValueError(
                 f"BLR cannot continue from a state with the entries {sorted(map(str, state_dict))}: it expected "
@@ -544,6 +547,7 @@ class BLR(pyro.optim.PyroOptim):
                 evaluations=loaded["evaluations"],
                 residual=math.nan,
                 error=math.nan,
+                num_averaged=loaded["num_averaged"],
                 recycling=resumed_recycling(gaussian.recycling, loaded["recycling"]),
             )
         rates = {}
@@ -591,6 +595,11 @@ class BLR(pyro.optim.PyroOptim):
         if state.estimator == "hessian":
             return partial(hessian, split=split, differences=state.differences)
         return partial(hutchinson, differences=state.differences)
+
+    def _product(self, state: OptState) -> Product | None:
+        """E_q[H] v, where S is a diagonal and the rate is chosen, of a model with a second derivative."""
+        by_products = state.estimator == "hutchinson" and self.learning_rate is None
+        return product if by_products and not (state.secants or state.differences) else None
 
     def _rate(self, count: int) -> float | None:
         if callable(self.learning_rate):

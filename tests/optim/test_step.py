@@ -24,6 +24,7 @@ rates = pytest.mark.parametrize("rate", [None, 0.3], ids=["automatic", "given"])
 def start(dense: bool = True, precision: float = 4.0, **fields) -> reference.State:
     precision = precision * cases.positive_definite(41)
     loc = np.array([2.0, -1.0, 0.3, -0.5])
+    fields = {"num_averaged": np.zeros(4), **fields}
     return reference.State(loc=loc, precision=precision if dense else np.diagonal(precision), **fields)
 
 
@@ -45,6 +46,8 @@ def check_equal(state: reference.State, expected: reference.State, rtol: float, 
         assert_allclose(state.last_gradient, expected.last_gradient, rtol=rtol, atol=max(atol, 1e-10))
     counted = [(s.noisy_steps, s.rejected, s.radius, s.skipped) for s in (state, expected)]
     assert counted[0] == counted[1]
+    if expected.num_averaged is not None:
+        assert_array_equal(state.num_averaged, expected.num_averaged)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,11 +72,12 @@ def test_one_full_step_on_a_quadratic_is_exact_from_any_start(backend, parts, ra
 
 def test_one_full_step_of_the_diagonal_rule_is_exact_on_a_diagonal_quadratic(backend, random):
     problem = cases.separable()
-    stepper = backend.stepper(problem, LAYOUTS["diagonal"], backend.gradients.hutchinson, None)
     probes = random.choice([-1.0, 1.0], size=(1, 2 * NUM_PAIRS, 1, 4))
-    state = run(stepper, backend, start(dense=False), random.normal(size=(1, NUM_PAIRS, 4)), probes)
-    assert_allclose(state.loc, problem.optimum, rtol=1e-13)
-    assert_allclose(state.precision, np.diagonal(problem.matrix), rtol=1e-13)
+    for newton in (False, True):
+        stepper = backend.stepper(problem, LAYOUTS["diagonal"], backend.gradients.hutchinson, None, newton=newton)
+        state = run(stepper, backend, start(dense=False), random.normal(size=(1, NUM_PAIRS, 4)), probes)
+        assert_allclose(state.loc, problem.optimum, rtol=1e-13)
+        assert_allclose(state.precision, np.diagonal(problem.matrix), rtol=1e-13)
 
 
 @pytest.mark.parametrize("rate", [None, 0.3, 1.0])
@@ -110,9 +114,11 @@ class Rule:
     first_order: bool = False
     probes: bool = False
     minibatch: bool = False
+    newton: bool = False
 
     def __str__(self) -> str:
-        words = self.estimator, "dense" if self.dense else "diagonal", "minibatch" if self.minibatch else ""
+        words = [self.estimator, "dense" if self.dense else "diagonal"]
+        words += [name for name in ("minibatch", "newton") if getattr(self, name)]
         return " ".join(words).strip()
 
     def in_package(self, backend, parts):
@@ -128,6 +134,7 @@ class Rule:
 
 DENSE = Rule(dense=True, estimator="hessian")
 DIAGONAL = Rule(dense=False, estimator="hutchinson", probes=True)
+NEWTON = replace(DIAGONAL, newton=True)
 DENSE_MINIBATCH = Rule(dense=True, estimator="hessian", minibatch=True)
 FIRST_ORDER_DENSE = Rule(dense=True, estimator="reparameterized", first_order=True)
 FIRST_ORDER_DIAGONAL = Rule(dense=False, estimator="reparameterized", first_order=True)
@@ -138,6 +145,8 @@ TRAJECTORIES = [
     *[(DENSE, name, rate) for name in LAYOUTS for rate in (None, 0.3)],
     *[(DIAGONAL, name, rate) for name in ("diagonal", "fixed") for rate in (None, 0.3)],
     (DENSE_MINIBATCH, "dense", None),
+    *[(NEWTON, name, None) for name in ("diagonal", "diagonal, several")],
+    (replace(NEWTON, minibatch=True), "diagonal", None),
     (FIRST_ORDER_DENSE, "batched dense", 0.05),
     (FIRST_ORDER_DENSE, "mixed", 0.05),
     (FIRST_ORDER_DIAGONAL, "diagonal", 0.05),
@@ -151,7 +160,7 @@ def reference_trajectory(rule: Rule, problem, parts, rate, state, noise, probes)
         estimate_fn = rule.in_reference(problem, parts, eps, probe)
         draws = np.concatenate([eps, -eps])
         state, event = reference.step(
-            state, problem, parts, estimate_fn, rate, FIXED_SCALE, draws, minibatch=rule.minibatch
+            state, problem, parts, estimate_fn, rate, FIXED_SCALE, draws, rule.minibatch, rule.newton
         )
         events.append(event)
     return state, events
@@ -168,7 +177,8 @@ def test_ten_steps_equal_the_reference(backend, rule, layout, rate, random):
     """With draws that start at half of their radius."""
     problem, parts, state = cases.student(), LAYOUTS[layout], start(rule.dense, PRECISIONS[rate], radius=0.5)
     noise, probes = given_noise(rule, random)
-    stepper = backend.stepper(problem, parts, rule.in_package(backend, parts), rate, minibatch=rule.minibatch)
+    options = {"minibatch": rule.minibatch, "newton": rule.newton}
+    stepper = backend.stepper(problem, parts, rule.in_package(backend, parts), rate, **options)
     expected, _ = reference_trajectory(rule, problem, parts, rate, state, noise, probes)
     # ten steps of solves with condition below a thousand
     check_equal(run(stepper, backend, state, noise, probes), expected, rtol=1e-10, atol=1e-10)
@@ -183,6 +193,11 @@ def test_the_ten_steps_meet_every_case_of_the_search(random):
     assert {event.tries > 1 for event in events} == {True, False}
     other, _ = reference_trajectory(DENSE_MINIBATCH, cases.student(), LAYOUTS["dense"], None, state, noise, probes)
     assert other.noisy_steps > end.noisy_steps, "gradients opposed to the last one"
+    noise, probes = given_noise(NEWTON, random)
+    state = start(dense=False, precision=PRECISIONS[None], radius=0.5)
+    end, events = reference_trajectory(NEWTON, cases.student(), LAYOUTS["diagonal"], None, state, noise, probes)
+    assert {event.turned for event in events} == {True, False}
+    assert end.num_averaged.min() > 0
 
 
 @pytest.mark.parametrize(
@@ -246,12 +261,18 @@ def test_a_step_with_negative_curvature_equals_the_reference(backend, rule, layo
     check_equal(run(stepper, backend, state, noise, probes), expected, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize(("rule", "layout"), [(DENSE, "mixed"), (DIAGONAL, "diagonal")], ids=str)
+@pytest.mark.parametrize(("rule", "layout"), [(DENSE, "mixed"), (NEWTON, "diagonal")], ids=str)
 def test_both_packages_take_the_same_ten_steps(both, rule, layout, random):
     problem, parts, state = cases.student(), LAYOUTS[layout], start(rule.dense, precision=0.1)
     noise, probes = given_noise(rule, random)
     ends = [
-        run(bridge.stepper(problem, parts, rule.in_package(bridge, parts), None), bridge, state, noise, probes)
+        run(
+            bridge.stepper(problem, parts, rule.in_package(bridge, parts), None, newton=rule.newton),
+            bridge,
+            state,
+            noise,
+            probes,
+        )
         for bridge in both
     ]
     check_equal(*ends, rtol=1e-8)  # far above rounding, far below any difference in the rule
