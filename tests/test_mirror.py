@@ -69,6 +69,7 @@ DIFFERENCES = {
         "__all__", "by_differences", "by_forward_mode", "gradient_of", "has_second_derivative", "Gradient", "Products",
         "NO_DERIVATIVE", "unknown", "where_known",
     },
+    "gradients/hutchinson.py": {"__all__", "Graphs", "hutchinson", "product"},  # graphs of torch are kept
     "gradients/secant.py": {"Chords.mirrored", "chords"},  # keys and seeds; JAX takes one pair at a time
     "gradients/recycled.py": {"Moments", "Pool", "Pool.count", "append"},  # arrays of a fixed size, or that grow
     "gradients/drawn.py": {  # torch has seeds, and JAX has keys

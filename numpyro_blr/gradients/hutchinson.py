@@ -76,7 +76,10 @@ def product(
     *,
     forward: bool = False,
 ) -> Callable[[Array], Array] | None:
-    """v -> E_q[H] v at the given draws, two gradients a draw; None where the model has no second derivative."""
+    """v -> E_q[H] v at the given draws, two gradients a draw.
+
+    None where the model has no second derivative.
+    """
     evaluate = value_and_gradients(objective, (0,), forward)
 
     def gradient(loc: Array) -> Array:

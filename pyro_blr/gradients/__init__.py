@@ -13,6 +13,7 @@ from ._estimate import losses_of as losses_of
 from ._second import has_second_derivative as has_second_derivative
 from .hessian import hessian as hessian
 from .hessian import hessians_at as hessians_at
+from .hutchinson import Graphs as Graphs
 from .hutchinson import hutchinson as hutchinson
 from .hutchinson import parted as parted
 from .hutchinson import product as product
@@ -28,6 +29,7 @@ __all__ = [
     "Draws",
     "Estimate",
     "Extras",
+    "Graphs",
     "Objective",
     "Transformation",
     "Vectorised",

@@ -31,9 +31,12 @@ from ._estimate import (
 )
 from ._second import by_differences, gradient_of, standard_deviations, unknown
 
-__all__ = ["hutchinson", "parted", "product"]
+__all__ = ["Graphs", "hutchinson", "parted", "product"]
 
 MAX_PARTS = 4
+
+Graphs = list[tuple[Tensor, Tensor]]
+"""(∇ℓ with its graph, the leaf m that it is differentiable in), of each draw."""
 
 
 def hutchinson(
@@ -45,8 +48,12 @@ def hutchinson(
     blocks: tuple[Block, ...],
     *,
     differences: bool = False,
+    graphs: Graphs | None = None,
 ) -> Estimate:
-    """E_q[g] and an estimate of diag E_q[∇²ℓ] at the given draws, of which each has its probes."""
+    """E_q[g] and an estimate of diag E_q[∇²ℓ] at the given draws, of which each has its probes.
+
+    The list `graphs` gets that of each draw, for `product`, unless all draws were one program.
+    """
     assert draws.probes is not None  # the rule makes them for a diagonal precision
     unit = standard_deviations(blocks, scales, torch.ones_like(loc))
     directions = unit * draws.probes
@@ -62,8 +69,10 @@ def hutchinson(
         if differences:
             products = in_differences(draw)
         elif gradient.requires_grad:  # not where ℓ is linear
-            for product, probe in zip(products, unit * draw.probes, strict=True):
-                product += torch.autograd.grad(gradient, location, probe, retain_graph=True, materialize_grads=True)[0]
+            for row, probe in zip(products, unit * draw.probes, strict=True):
+                row += torch.autograd.grad(gradient, location, probe, retain_graph=True, materialize_grads=True)[0]
+        if graphs is not None:
+            graphs.append((gradient, location))
         return loss, gradient.detach(), products, extras
 
     (losses, gradients, products), extras = at_every_draw(objective, _products, at_draw, loc, scales, draws, directions)
@@ -80,12 +89,17 @@ def product(
     scales: tuple[Tensor | None, ...],
     others: Any,
     draws: Draws,
+    *,
+    graphs: Graphs | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """v -> E_q[H] v at the given draws, two gradients a draw."""
-    graphs: list[tuple[Tensor, Tensor]] = []  # of ∇ℓ in m, one a draw, from the first product on
+    """v -> E_q[H] v at the given draws, two gradients a draw.
+
+    By the `graphs` of `hutchinson`, if there are any.
+    """
+    graphs = [] if graphs is None else graphs
 
     def expected(vector: Tensor) -> Tensor:
-        if isinstance(objective, Vectorised):
+        if isinstance(objective, Vectorised) and not graphs:
             found = objective.at_all(_product, loc, scales, draws, vector.expand(len(draws.number), -1))
             if found is not None:
                 return found[0].mean(0)

@@ -35,6 +35,7 @@ from ..gradients import (
     Draws,
     Estimate,
     Extras,
+    Graphs,
     Objective,
     Split,
     chords,
@@ -51,7 +52,7 @@ from ..gradients import (
 )
 from . import _drift, _missed, _options, _rate, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
-from ._gaussian import Product, State, all_finite, beside, field_of, init, scales_of, step, tempered
+from ._gaussian import State, all_finite, beside, field_of, init, scales_of, step, tempered
 from ._layout import Layout, gather, gather_members, joined, scatter, scatter_members
 from ._recognition import halved, recognise
 from ._traced import Traced, Tracer
@@ -372,15 +373,16 @@ class BLR(pyro.optim.PyroOptim):
             )
             loss = self.temperature * average
         elif gaussian is not None:
+            graphs = self._graphs(state)
             gaussian, estimate, moved = step(
                 gaussian,
                 objective,
                 layout.blocks,
                 None,
                 draws,
-                self._estimator(state, split),
+                self._estimator(state, split, graphs),
                 self._rate(state.count),
-                self._product(state),
+                None if graphs is None else partial(product, graphs=graphs),
             )
             loss = loss if layout.members else self.temperature * estimate.loss
         if gaussian is not None and moved:
@@ -583,7 +585,7 @@ class BLR(pyro.optim.PyroOptim):
         generator = torch.Generator(loc.device).manual_seed(seed + 2 + state.num_draws)
         return chords(generator, state.num_draws // 2, num_directions, like=loc)
 
-    def _estimator(self, state: OptState, split: Split | None) -> Callable[..., Estimate]:
+    def _estimator(self, state: OptState, split: Split | None, graphs: Graphs | None = None) -> Callable[..., Estimate]:
         if state.estimator == "gradient":
             assert state.gaussian is not None  # there is one whose gradient it is
             dense = isinstance(state.gaussian.precision, DensePrecision)
@@ -594,12 +596,12 @@ class BLR(pyro.optim.PyroOptim):
             return secant
         if state.estimator == "hessian":
             return partial(hessian, split=split, differences=state.differences)
-        return partial(hutchinson, differences=state.differences)
+        return partial(hutchinson, differences=state.differences, graphs=graphs)
 
-    def _product(self, state: OptState) -> Product | None:
-        """E_q[H] v, where S is a diagonal and the rate is chosen, of a model with a second derivative."""
-        by_products = state.estimator == "hutchinson" and self.learning_rate is None
-        return product if by_products and not (state.secants or state.differences) else None
+    def _graphs(self, state: OptState) -> Graphs | None:
+        """None yet, where the mean moves by E_q[H] v: S is a diagonal, the rate is chosen, and there is an H."""
+        by_products = state.estimator == "hutchinson" and self.learning_rate is None and not state.differences
+        return [] if by_products else None
 
     def _rate(self, count: int) -> float | None:
         if callable(self.learning_rate):
