@@ -277,7 +277,8 @@ def step(
         return replace(state, loc=loc, precision=precision, radius=radius), Events(1, reflected, False, True)
 
     covariance = np.linalg.inv(as_matrix(state.precision))
-    opposed = state.last_gradient is not None and bool(estimate.gradient @ covariance @ state.last_gradient < 0)
+    natural = covariance @ estimate.gradient if direction is None else direction
+    opposed = state.last_gradient is not None and bool(natural @ state.last_gradient < 0)
     inside = inside_noise(estimate, covariance)
     noisy, average = opposed and (inside or minibatch), np.zeros(len(estimate.gradient))
     if state.last_gradient is not None and state.last_gradient.any():

@@ -145,7 +145,8 @@ def step(
     residual, error = _rate.residual_and_error(estimate, state.precision)
     if learning_rate is None:
         inside, minibatch = residual < _rate.NOISE_RATIO * error, jnp.asarray(estimate.extras.minibatch)
-        opposed = _rate.opposed(estimate.gradient, state.precision, state.rate.last_gradient)
+        direction = jnp.where(newton.found, newton.direction, state.precision.solve(estimate.gradient))
+        opposed = _rate.opposed(direction, state.rate.last_gradient)
         rate, (loc, precision), moved, proposals = _rate.search(
             state.rate,
             jnp.where(usable, estimate.losses, jnp.nan),  # a step that is refused makes no proposals

@@ -250,7 +250,7 @@ def step(
     )
 
     def noisy_steps_of(start: _Place) -> Array:
-        opposed = _rate.opposed(start.gradient, start.precision, state.rate.last_gradient)
+        opposed = _rate.opposed(start.precision.solve(start.gradient), state.rate.last_gradient)
         begun = (pool.count >= BEGUN) & ~start.far
         return state.rate.noisy_steps + ((start.noisy | changed | begun) & opposed).astype(dtype)
 

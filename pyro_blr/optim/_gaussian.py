@@ -157,7 +157,8 @@ def step(
     residual, error = _rate.residual_and_error(estimate, state.precision)
     if learning_rate is None:
         inside, minibatch = residual < _rate.NOISE_RATIO * error, bool(estimate.extras.minibatch)
-        opposed = _rate.opposed(estimate.gradient, state.precision, state.rate.last_gradient)
+        direction = newton.direction if newton.found else state.precision.solve(estimate.gradient)
+        opposed = _rate.opposed(direction, state.rate.last_gradient)
         rate, (loc, precision), moved, proposals = _rate.search(
             state.rate,
             estimate.losses,

@@ -4,11 +4,12 @@ One step, given the estimate (g, H) at K antithetic pairs of draws and their los
 
 1. Noise or progress? With residual r² = gᵀ S⁻¹ g (the natural gradient's Fisher norm) and V its Monte Carlo variance
    from the spread over pairs, a step with r² < 2 V is inside its noise. If it also takes back what the last ones did,
-   gᵀ S⁻¹ ḡ < 0 (Pflug 1990), with ḡ ← 0.9 ḡ + 0.1 g, the n-th such step caps the rate at 2 / (n + 2), which averages
-   the noise away (Robbins & Monro 1951). One that goes on makes progress, however noisy, and takes 1/2 from n: among D
-   coordinates of noise, a few along which there is far to go show in ḡ, and not in the step before. All draws of a step
-   share one minibatch, whose noise V does not show: where a plate is subsampled, taking back is enough, and going on
-   takes nothing from n. Where it has sites of its own, whose rows come every N/M-th step, that many steps count as one.
+   dᵀ ḡ < 0 (Pflug 1990) with d = S⁻¹ g or as in `_newton.py` and ḡ ← 0.9 ḡ + 0.1 g, the n-th such step caps the rate at
+   2 / (n + 2), which averages the noise away (Robbins & Monro 1951). One that goes on makes progress, however noisy,
+   and takes 1/2 from n: among D coordinates of noise, a few along which there is far to go show in ḡ, and not in the
+   step before. All draws of a step share one minibatch, whose noise V does not show: where a plate is subsampled,
+   taking back is enough, and going on takes nothing from n. Where it has sites of its own, whose rows come every
+   N/M-th step, that many steps count as one.
 2. Propose with rate ρ; evaluate the loss around the proposed mean *at the same noise* and the same scales, of which ĝ
    is the gradient: what a few draws make of D new scales would be noise. Accept unless it is worse by more than one
    standard error of the paired difference; otherwise ρ ← 0.4 ρ and propose again, without new gradients. Of a few
@@ -135,9 +136,9 @@ def residual_and_error(estimate: Estimate, precision: Precision) -> tuple[float,
     return float(squared_norm(estimate.gradient, precision)), error
 
 
-def opposed(gradient: Tensor, precision: Precision, last_gradient: Tensor) -> bool:
-    """gᵀ S⁻¹ ḡ < 0: whether this step takes back what the last ones did."""
-    return bool(gradient @ precision.solve(last_gradient) < 0)
+def opposed(direction: Tensor, last_gradient: Tensor) -> bool:
+    """dᵀ ḡ < 0: whether this step, along d = S⁻¹ g, takes back what the last ones did."""
+    return bool(direction @ last_gradient < 0)
 
 
 def counted(state: RateState, inside: bool, opposed: bool, minibatch: bool, weight: Tensor) -> float:

@@ -251,7 +251,7 @@ def step(
     start = place(state.loc, state.precision, scales_of(state.precision, blocks, state.radius))
     far, last_gradient = start.far, state.rate.last_gradient
     unheard = not far and bool(start.unheard.any())
-    opposed = _rate.opposed(start.gradient, start.precision, last_gradient)
+    opposed = _rate.opposed(start.precision.solve(start.gradient), last_gradient)
     begun = pool.count >= BEGUN and not far
     noisy_steps = state.rate.noisy_steps + ((start.noisy or changed or begun) and opposed)
     first_rate, cap = state.rate.rate, _cap(noisy_steps, start.effective, recycling.num_pairs)
