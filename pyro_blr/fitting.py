@@ -371,8 +371,8 @@ def _warn(result: Fit, opt_state: OptState, at_end: _AtEnd | None, max_steps: in
         more = ""
         if opt_state.estimator == "hutchinson":
             more = (
-                " Curvatures here are diagonal: where coordinates act together, as the steps of a random walk do, "
-                "optimizer=BLR(estimator='hessian') takes longer for a step and far fewer of them."
+                " Curvatures here come from products with the Hessian: where coordinates act together, as the steps of "
+                "a random walk do, optimizer=BLR(estimator='hessian') takes longer for a step and fewer of them."
             )
         warn(
             f"not converged in {result.steps} steps (max_steps={max_steps}): {result.reason}. Give more steps or a "

@@ -278,9 +278,9 @@ def test_the_history_has_a_number_for_each_check(backend, of_poisson):
     assert of_poisson.history["rate"][-1] == float(backend.gaussian_of(of_poisson).rate.taken)
 
 
-def test_diagonal_curvatures_that_do_not_converge_are_told_of_whole_ones(backend):
+def test_curvatures_by_products_that_do_not_converge_are_told_of_whole_ones(backend):
     diagonal = backend.BLR(estimator="hutchinson")
-    with pytest.warns(UserWarning, match=r"not converged in 1 steps.*Curvatures here are diagonal.*='hessian'"):
+    with pytest.warns(UserWarning, match=r"not converged in 1 steps.*Curvatures here come from products.*='hessian'"):
         backend.fit(poisson, "AutoNormal", poisson_data(), max_steps=1, optimizer=diagonal)
 
 

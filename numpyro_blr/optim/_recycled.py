@@ -15,7 +15,9 @@ what the last one did is noise.
    not of noise.
 2. A step of the rule with ĝ and Ĥ of the whole pool. The pool *covers* a proposal if it is worth half as many draws
    there as here, and at least 8. One that is covered is taken as it is: the estimate holds there. Any other is tried
-   at the fresh draws, and its rate shortened as `_rate.py` does.
+   at the fresh draws, and its rate shortened as `_rate.py` does. Of a single pair, which knows no error, what its ε
+   makes of other scales by chance is taken off, (εᵀ A ε − tr A)/2 with A = C'ᵀ Ĥ C' − Cᵀ Ĥ C: then it is exact on a
+   quadratic, where ε beyond two or three would refuse the posterior.
 3. Steps at ρ = 1/2 on the pool alone, each with its own ĝ and Ĥ, while the pool covers them and until they move by a
    tenth of their own error: no evaluation of the model. They run along the slow directions of the fixed-point map
    (the scale of a hierarchy and what it scales), which would cost a stochastic step each. Where Ĥ grows faster with
@@ -287,11 +289,13 @@ def step(
             now = jnp.where(jnp.isfinite(after).all(), after.sum(), jnp.inf)
             before, by_rule = jnp.where(first, at_start.sum(), search.before), jnp.where(first, now, search.by_rule)
             lower = ~first & (now < before)
+            chance = _by_chance(here.hessian, blocks, scales_of(here.precision, blocks, state.radius), scales, noise)
+            exact = jnp.where(recycling.num_pairs == 1, after - chance[:, None], after)
             by_units = 2 * recycling.num_pairs.astype(dtype) * search.start.promised
             better = jnp.where(
                 far | partly,
                 jnp.where(partly, now < before - by_units, lower & ((number != 1) | (now < by_rule))),
-                _rate.not_worse(losses, after, search.start.residual + len(loc), fresh),
+                _rate.not_worse(losses, exact, search.start.residual + len(loc), fresh),
             )
             return better, lower, before, by_rule
 
@@ -500,6 +504,17 @@ def _losses(
 
     nothing = jnp.zeros((2, len(noise), 2), noise.dtype)
     return lax.fori_loop(0, jnp.where(both, 2, 1) * num_pairs, at_pair, nothing)
+
+
+def _by_chance(hessian: Array, blocks: tuple[Block, ...], before: Any, after: Any, noise: Array) -> Array:
+    """(εᵀ A ε − tr A)/2, [K], with A = C'ᵀ H C' − Cᵀ H C for the scales C before and C' after."""
+    identity = jnp.eye(len(hessian), dtype=noise.dtype)
+
+    def beyond_expectation(scales: Any) -> Array:
+        away, columns = (recycled.scaled(blocks, scales, vectors) for vectors in (noise, identity))
+        return ((away @ hessian * away).sum(-1) - (hessian * (columns.T @ columns)).sum()) / 2
+
+    return beyond_expectation(after) - beyond_expectation(before)
 
 
 def _pair(noise: Array) -> Array:

@@ -120,11 +120,12 @@ class BLR(numpyro.optim._NumPyroOptim):
         estimator: of E_q[∇²ℓ]. `"hessian"`: dense Hessians, the choice of `"auto"` up to 256 coordinates and for
             guides of full and low rank; D + 1 gradients a draw (2 D + 1 where the model has no second derivative), won
             back in steps. `"hutchinson"`: the diagonal from Hessian-vector products, 2 gradients a site (of at most 4)
-            and 1, a draw; the choice of `"auto"` beyond. `"secant"`: either, from differences of gradients at a
-            distance, of a log density with kinks too; 2 D + 1 gradients a draw, or as Hutchinson's; the choice of
-            `"auto"` where a site is a Laplace distribution or made of one, and, where draws are recycled, while
-            Hessians miss most of the curvature (`_missed.py`). `"gradient"`: the stock gradient alone, at the host's
-            own draws; noisy, so it needs a `learning_rate`.
+            and 1, a draw, and on all data, without a `learning_rate`, the mean by conjugate gradients from up to 30
+            more products (`_newton.py`); the choice of `"auto"` beyond. `"secant"`: either, from differences of
+            gradients at a distance, of a log density with kinks too; 2 D + 1 gradients a draw, or as Hutchinson's; the
+            choice of `"auto"` where a site is a Laplace distribution or made of one, and, where draws are recycled,
+            while Hessians miss most of the curvature (`_missed.py`). `"gradient"`: the stock gradient alone, at the
+            host's own draws; noisy, so it needs a `learning_rate`.
         num_draws: draws a step and particle, in antithetic pairs: even, and at least 4. Where draws are recycled, the
             most: a step begins with one pair. None is 8, or 4 where a plate is subsampled, since all draws of a step
             share the noise of its minibatch. Not used by `estimator="gradient"`.

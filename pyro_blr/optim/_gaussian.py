@@ -6,7 +6,8 @@ With q(z) = N(z | m, S⁻¹), ℓ(z) = −log p(D, z) and temperature τ:
     m ← m − ρ S_new⁻¹ E_q[∇ℓ] / τ           precision.solve
 
 which is λ ← (1 − ρ) λ − (ρ/τ) ∇_μ E_q[ℓ] in the natural parameters λ = (S m, −S/2) (`families/_family.py` has the two
-lines between). The *new* S in the second line makes ρ = 1 Bayes' rule wherever ℓ is quadratic.
+lines between). The *new* S in the second line makes ρ = 1 Bayes' rule wherever ℓ is quadratic. Where S is a diagonal,
+all of E_q[∇²ℓ] may take its place there (`_newton.py`).
 
 Source: Khan & Rue 2023, "The Bayesian Learning Rule", equations 9 to 12; Khan 2025, arXiv 2509.15641.
 Paper's symbols: ρ = `learning_rate`, m = `loc`, S = `precision`, τ = `temperature`.

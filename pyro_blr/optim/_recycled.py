@@ -15,7 +15,9 @@ what the last one did is noise.
    not of noise.
 2. A step of the rule with ĝ and Ĥ of the whole pool. The pool *covers* a proposal if it is worth half as many draws
    there as here, and at least 8. One that is covered is taken as it is: the estimate holds there. Any other is tried
-   at the fresh draws, and its rate shortened as `_rate.py` does.
+   at the fresh draws, and its rate shortened as `_rate.py` does. Of a single pair, which knows no error, what its ε
+   makes of other scales by chance is taken off, (εᵀ A ε − tr A)/2 with A = C'ᵀ Ĥ C' − Cᵀ Ĥ C: then it is exact on a
+   quadratic, where ε beyond two or three would refuse the posterior.
 3. Steps at ρ = 1/2 on the pool alone, each with its own ĝ and Ĥ, while the pool covers them and until they move by a
    tenth of their own error: no evaluation of the model. They run along the slow directions of the fixed-point map
    (the scale of a hierarchy and what it scales), which would cost a stochastic step each. Where Ĥ grows faster with
@@ -285,6 +287,9 @@ def step(
                 better = lower and (number != 1 or now < by_rule)
         elif finite and not (covered or taken):
             after = losses_around(loc, scales)
+            if len(pairs) == 1:
+                here_scales = scales_of(here.precision, blocks, state.radius)
+                after = after - _by_chance(here.hessian, blocks, here_scales, scales, pairs[:, 0])
             better = _rate.not_worse(losses, after, start.residual + len(loc))
         accepted = (covered or better) and all_finite(there.gradient)
         settled = taken and here.residual < SETTLED * here.error
@@ -391,6 +396,17 @@ def _fresh(
         traces = torch.einsum("kpab,ab->k", hessians.reshape(*pairs.shape, -1), columns.T @ columns) / 2
         misses = _missed.misses(missed, traces, (away * gradients.reshape(pairs.shape)).sum((1, 2)) / 2, len(identity))
     return pool, losses, num_finite == len(pairs), misses, cost * losses.numel()
+
+
+def _by_chance(hessian: Tensor, blocks: tuple[Block, ...], before: Any, after: Any, noise: Tensor) -> Tensor:
+    """(εᵀ A ε − tr A)/2, [K], with A = C'ᵀ H C' − Cᵀ H C for the scales C before and C' after."""
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+
+    def beyond_expectation(scales: Any) -> Tensor:
+        away, columns = (recycled.scaled(blocks, scales, vectors) for vectors in (noise, identity))
+        return ((away @ hessian * away).sum(-1) - (hessian * (columns.T @ columns)).sum()) / 2
+
+    return beyond_expectation(after) - beyond_expectation(before)
 
 
 def _cap(noisy_steps: float, effective: float, num_pairs: int) -> float:

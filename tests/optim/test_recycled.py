@@ -54,9 +54,11 @@ def undefined_beyond_three(xp, z):
     return -xp.log(3 - z[0]) + (z**2).sum() / 2
 
 
-def test_one_step_on_a_quadratic_is_exact_from_a_single_pair(backend, random):
-    step, state = stepper(backend, quadratic), started(backend, [5.0, -3.0], 100 * np.eye(2))
-    state, _, moved = step(state, random.normal(size=(4, 2)))
+@pytest.mark.parametrize(("loc", "far_out"), [((5.0, -3.0), 1.0), ((0.4, -0.4), 4.0)], ids=["far", "a rare pair"])
+def test_one_step_on_a_quadratic_is_exact_from_a_single_pair(backend, loc, far_out, random):
+    """Also beside the optimum and of a pair four standard deviations out, whose losses there are larger than before."""
+    step, state = stepper(backend, quadratic), started(backend, loc, 100 * np.eye(2))
+    state, _, moved = step(state, far_out * np.sign(random.normal(size=(4, 2))))
     hessian = np.array([[6.0, 1.0], [1.0, 1.0]])
     assert bool(moved)
     assert_allclose(backend.precision_array(state.precision), hessian, rtol=1e-10)
