@@ -119,7 +119,7 @@ class Bridge:
             rate=rate,
             radius=self.scalar(state.radius, made.radius),
             skipped=self.scalar(state.skipped, made.skipped),
-            num_averaged=made.num_averaged if state.num_averaged is None else self.array(state.num_averaged),
+            num_averaged=None if state.num_averaged is None else self.array(state.num_averaged),
         )
 
     def as_reference(self, state: Any) -> reference.State:
@@ -133,7 +133,7 @@ class Bridge:
             last_gradient=self.to_numpy(state.rate.last_gradient),
             radius=float(state.radius),
             skipped=int(state.skipped),
-            num_averaged=self.to_numpy(state.num_averaged),
+            num_averaged=None if state.num_averaged is None else self.to_numpy(state.num_averaged),
         )
 
     def objective(

@@ -54,10 +54,10 @@ class Newton(NamedTuple):
     found: Array
     num_products: Array
     gain: Array
-    num_averaged: Array
+    num_averaged: Array | None
 
 
-def none(num_averaged: Array, loc: Array) -> Newton:
+def none(num_averaged: Array | None, loc: Array) -> Newton:
     """Where all moves by S."""
     zero = jnp.zeros((), jnp.int32)
     return Newton(jnp.zeros_like(loc), jnp.zeros((), bool), zero, jnp.ones_like(loc), num_averaged)

@@ -44,7 +44,7 @@ from ..gradients import (
 )
 from . import _options, _recycled, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
-from ._gaussian import Product, State, all_finite, beside, init, scales_of, select, step, tempered
+from ._gaussian import State, all_finite, beside, init, scales_of, select, step, tempered
 from ._layout import Layout, gather, gather_members, joined, scatter, scatter_members
 from ._noise import digest_of
 from ._recognition import halved, recognise
@@ -217,6 +217,7 @@ class BLR(numpyro.optim._NumPyroOptim):
         if estimator == "auto":
             estimator = "secant" if survey.kinked else "hessian" if dense else "hutchinson"
         may_miss = self.estimator == "auto" and estimator == "hessian" and recycles and _svi.bends(svi, args, kwargs)
+        by_products = estimator == "hutchinson" and self.learning_rate is None and not survey.minibatch
         num_draws = self.num_draws or (NUM_DRAWS_ON_BATCHES if survey.minibatch else NUM_DRAWS)
 
         @jax.jit  # one compilation and not one an operation
@@ -227,7 +228,7 @@ class BLR(numpyro.optim._NumPyroOptim):
             if self.learning_rate is None:
                 start = jnp.where(layout.bare, loc, beside(loc, precision, layout.blocks))
             recycling = _recycled.init(loc, scales, num_draws // 2, may_miss) if recycles else None
-            return init(start, precision, recycling)
+            return init(start, precision, recycling, by_products)
 
         return start(dict(params)), estimator, num_draws
 
@@ -314,7 +315,7 @@ class BLR(numpyro.optim._NumPyroOptim):
                 draws,
                 self._estimator(fn, opt_state, forward_mode_differentiation),
                 self._rate(count, gaussian.loc.dtype),
-                self._product(opt_state, forward_mode_differentiation),
+                None if gaussian.num_averaged is None else partial(product, forward=forward_mode_differentiation),
             )
         if gaussian is not None:
             scales = scales_of(gaussian.precision, layout.blocks, jnp.ones((), gaussian.loc.dtype))
@@ -420,11 +421,6 @@ class BLR(numpyro.optim._NumPyroOptim):
         if opt_state.estimator == "hessian":
             return partial(hessian, split=self._split(fn, opt_state), forward=forward)
         return partial({"hutchinson": hutchinson, "secant": secant}[opt_state.estimator], forward=forward)
-
-    def _product(self, opt_state: OptState, forward: bool) -> Product | None:
-        """E_q[H] v, where S is a diagonal and the rate is chosen."""
-        by_products = opt_state.estimator == "hutchinson" and self.learning_rate is None
-        return partial(product, forward=forward) if by_products else None
 
     def _rate(self, count: Array, dtype: Any) -> Array | None:
         if self.learning_rate is None:

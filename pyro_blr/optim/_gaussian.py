@@ -64,7 +64,8 @@ class State:
         evaluations: gradients of ℓ so far; a Hessian counts as D, a Hessian-vector product as 2, a loss as 1.
         residual: r² = gᵀ S⁻¹ g where the last step began, the squared length of the natural gradient of m in the Fisher
             norm; `error` is V, its Monte Carlo variance. NaN before the first step, and of a single draw.
-        num_averaged: n of each coordinate, the steps over which a diagonal S is averaged (`_newton.py`), [D].
+        num_averaged: n of each coordinate, the steps over which a diagonal S is averaged beside a mean that moves by
+            E_q[H] v (`_newton.py`), [D]; None where S moves the mean.
         recycling: the draws that are kept for later steps (`_recycled.Recycling`); None where they are not.
     """
 
@@ -76,12 +77,12 @@ class State:
     evaluations: int
     residual: float
     error: float
-    num_averaged: Tensor
+    num_averaged: Tensor | None = None
     recycling: Any = None
 
 
-def init(loc: Tensor, precision: Precision, recycling: Any = None) -> State:
-    """The state at N(loc, precision⁻¹)."""
+def init(loc: Tensor, precision: Precision, recycling: Any = None, by_products: bool = False) -> State:
+    """The state at N(loc, precision⁻¹), whose mean moves by E_q[H] v, or by S."""
     return State(
         loc=loc,
         precision=precision,
@@ -91,7 +92,7 @@ def init(loc: Tensor, precision: Precision, recycling: Any = None) -> State:
         evaluations=0,
         residual=math.nan,
         error=math.nan,
-        num_averaged=torch.zeros_like(loc),
+        num_averaged=torch.zeros_like(loc) if by_products else None,
         recycling=recycling,
     )
 
@@ -137,6 +138,7 @@ def step(
     alike = bool(((estimate.extras.weight == 1) | ~covered).all()) and not estimate.extras.minibatch
     if product is not None and alike:
         assert isinstance(state.precision, DiagonalPrecision)  # with a dense one there is nothing to win
+        assert state.num_averaged is not None  # where there are products
         by = product(objective, state.loc, scales, others, draws)
         newton = _newton.find(by, estimate, state.precision, blocks, state.num_averaged)
 

@@ -52,10 +52,10 @@ class Newton(NamedTuple):
     found: bool
     num_products: int
     gain: Tensor
-    num_averaged: Tensor
+    num_averaged: Tensor | None
 
 
-def none(num_averaged: Tensor, loc: Tensor) -> Newton:
+def none(num_averaged: Tensor | None, loc: Tensor) -> Newton:
     """Where all moves by S."""
     return Newton(torch.zeros_like(loc), False, 0, torch.ones_like(loc), num_averaged)
 

@@ -246,6 +246,7 @@ class BLR(pyro.optim.PyroOptim):
         if estimator == "auto":
             estimator = "secant" if survey.kinked else "hessian" if dense else "hutchinson"
         may_miss = self.estimator == "auto" and estimator == "hessian" and recycles
+        by_products = estimator == "hutchinson" and self.learning_rate is None and not survey.minibatch
         num_draws = self.num_draws or (NUM_DRAWS_ON_BATCHES if survey.minibatch else NUM_DRAWS)
         start = loc
         if self.learning_rate is None:
@@ -253,7 +254,7 @@ class BLR(pyro.optim.PyroOptim):
             start = torch.where(bare, loc, beside(loc, precision, layout.blocks))
         _, factors = factored(layout.blocks, scales)
         recycling = _recycled.init(loc, factors, num_draws // 2, may_miss) if recycles else None
-        return init(start, precision, recycling), estimator, num_draws
+        return init(start, precision, recycling, by_products), estimator, num_draws
 
     def _needs_differences(self, svi: SVI, args: tuple, kwargs: dict, state: OptState) -> bool:
         if state.gaussian is None or state.layout.members or state.estimator in ("secant", "gradient"):
@@ -374,7 +375,8 @@ class BLR(pyro.optim.PyroOptim):
             )
             loss = self.temperature * average
         elif gaussian is not None:
-            graphs = self._graphs(state)
+            by_products = gaussian.num_averaged is not None and not state.differences
+            graphs: Graphs | None = [] if by_products else None
             gaussian, estimate, moved = step(
                 gaussian,
                 objective,
@@ -541,6 +543,7 @@ class BLR(pyro.optim.PyroOptim):
         self._loaded = {}
         self.others.set_state(loaded["others"])
         if gaussian is not None:
+            fresh_counts, counts = gaussian.num_averaged, loaded["num_averaged"]
             gaussian = State(
                 loc=loaded["loc"],
                 precision=resumed_precision(gaussian.precision, loaded["precision"], loaded["low_rank"]),
@@ -550,7 +553,7 @@ class BLR(pyro.optim.PyroOptim):
                 evaluations=loaded["evaluations"],
                 residual=math.nan,
                 error=math.nan,
-                num_averaged=loaded["num_averaged"],
+                num_averaged=counts if fresh_counts is not None and counts is not None else fresh_counts,
                 recycling=resumed_recycling(gaussian.recycling, loaded["recycling"]),
             )
         rates = {}
@@ -598,11 +601,6 @@ class BLR(pyro.optim.PyroOptim):
         if state.estimator == "hessian":
             return partial(hessian, split=split, differences=state.differences)
         return partial(hutchinson, differences=state.differences, graphs=graphs)
-
-    def _graphs(self, state: OptState) -> Graphs | None:
-        """None yet, where the mean moves by E_q[H] v: S is a diagonal, the rate is chosen, and there is an H."""
-        by_products = state.estimator == "hutchinson" and self.learning_rate is None and not state.differences
-        return [] if by_products else None
 
     def _rate(self, count: int) -> float | None:
         if callable(self.learning_rate):

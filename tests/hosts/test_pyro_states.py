@@ -32,8 +32,12 @@ pytestmark = pytest.mark.usefixtures("pyro_bridge")
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"learning_rate": lambda count: (2 + count) ** -0.6, "estimator": "hutchinson"}],
-    ids=["automatic", "schedule, hutchinson"],
+    [
+        {},
+        {"estimator": "hutchinson"},
+        {"learning_rate": lambda count: (2 + count) ** -0.6, "estimator": "hutchinson"},
+    ],
+    ids=["automatic", "automatic, hutchinson", "schedule, hutchinson"],
 )
 def test_saved_and_loaded_equals_not_stopping_bit_for_bit(options, tmp_path):
     """The store and the optimizer through files, into a new optimizer and a new SVI."""
@@ -176,6 +180,17 @@ def test_a_state_of_another_precision_is_refused():
     dense.optim.set_state(diagonal.optim.get_state())
     with pytest.raises(ValueError, match=r"precision of shape \(2,\); this guide has .* and \(2, 2\)"):
         dense.step()
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 0.5), (0.5, None)])
+def test_products_move_the_mean_where_the_new_options_say_so(before, after):
+    saved = make_svi(estimator="hutchinson", learning_rate=before)
+    run(saved, 2)
+    resumed = make_svi(estimator="hutchinson", learning_rate=after)
+    resumed.optim.set_state(saved.optim.get_state())
+    run(resumed, 2)
+    counts = resumed.optim.state.gaussian.num_averaged
+    assert (counts is None) == (after is not None)
 
 
 def test_a_cleared_store_and_another_svi_start_anew():

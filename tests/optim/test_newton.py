@@ -113,3 +113,4 @@ def test_at_a_given_rate_s_moves_the_mean(backend, random):
     y, _, _ = walked(random)
     fit = backend.start(walk, cases.MEAN_FIELD.make, (y,), estimator="hutchinson", learning_rate=0.5).run(3)
     assert float(fit.optimizer_state.gradient_evaluations) == 3 * 8 * (1 + 2)
+    assert fit.gaussian_state().num_averaged is None
