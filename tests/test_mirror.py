@@ -107,14 +107,21 @@ DIFFERENCES = {
     "optim/blr.py": {
         # the optimizer's interface, which is the host's, and the state that the host carries or lets it carry
         "BLR.init", "BLR.eval_and_update", "BLR.eval_and_stable_update", "BLR.get_params", "BLR.get_state",
-        "BLR.set_state", "KEPT", "OptState", "OptState.step_seed", "described", "recycling_state", "resumed_recycling",
-        "low_rank_state", "resumed_precision",
+        "BLR.set_state", "OptState", "OptState.step_seed",
         "BLR.advance", "BLR.traced_reason",  # a step on the traced loss, without the host's own evaluation
     },
 }  # fmt: skip
-ALONE = {  # JAX compiles, traces by itself, has arrays of a fixed size; NumPyro lifts modules; torch has fast noise
+# JAX compiles, traces by itself, has arrays of a fixed size, a state that pickles; NumPyro lifts modules; torch has
+# fast noise
+ALONE = {
     "numpyro_blr": {"compiling.py", "draws.py", "gradients/_paged.py", "optim/_noise.py"},
-    "pyro_blr": {"guides/bayesian_module.py", "optim/_graph.py", "optim/_rewriting.py", "optim/_traced.py"},
+    "pyro_blr": {
+        "guides/bayesian_module.py",
+        "optim/_graph.py",
+        "optim/_rewriting.py",
+        "optim/_saved.py",
+        "optim/_traced.py",
+    },
 }
 COMMON = {
     "optim/_weights.py": {"LogDensity", "LogDensity.log_prob", "Perturb", "check_layout", "survey"},

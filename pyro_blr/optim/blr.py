@@ -9,9 +9,8 @@ Source: Khan & Rue 2023, "The Bayesian Learning Rule"; Khan 2025, arXiv 2509.156
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,6 @@ import pyro.optim
 import torch
 from pyro.infer import SVI
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..families import (
     DensePrecision,
@@ -27,7 +25,6 @@ from ..families import (
     LowRankPrecision,
     MultivariateNormalNatural,
     NormalNatural,
-    Precision,
     factored,
 )
 from ..gradients import (
@@ -43,16 +40,14 @@ from ..gradients import (
     has_second_derivative,
     hessian,
     hutchinson,
-    orthogonal,
     parted,
     product,
-    recycled,
     reparameterized,
     secant,
 )
-from . import _drift, _missed, _options, _rate, _recycled, _svi, _sweep
+from . import _options, _recycled, _saved, _svi, _sweep
 from ._conjugacy import are_jointly_quadratic, find_roles
-from ._gaussian import State, all_finite, beside, field_of, init, scales_of, step, tempered
+from ._gaussian import State, all_finite, beside, init, scales_of, step, tempered
 from ._layout import Layout, gather, gather_members, joined, scatter, scatter_members
 from ._recognition import halved, recognise
 from ._traced import Traced, Tracer
@@ -219,7 +214,12 @@ class BLR(pyro.optim.PyroOptim):
             num_draws=num_draws,
         )
         state = replace(state, differences=self._needs_differences(svi, args, kwargs, state))
-        return self._resumed(state) if self._loaded else state
+        if not self._loaded:
+            return state
+        resumed = _saved.resumed(state, self._loaded)
+        self.others.set_state(self._loaded["others"])
+        self._loaded = {}
+        return resumed
 
     def _gaussian(self, svi: SVI, args: tuple, kwargs: dict, layout: Layout) -> tuple[State, str, int]:
         """The state for the sites, the estimator of their curvature, and the draws of a step."""
@@ -493,75 +493,17 @@ class BLR(pyro.optim.PyroOptim):
         """Everything needed to continue: tensors and numbers by name, for `torch.save`."""
         if self.state is None:
             return dict(self._loaded)
-        gaussian, members = self.state.gaussian, self.state.members
-        return {
-            "count": self.state.count,
-            "seed": self.state.seed,
-            "loc": None if gaussian is None else gaussian.loc,
-            "precision": None if gaussian is None else field_of(gaussian.precision),
-            "low_rank": low_rank_state(gaussian),
-            "rate": None if gaussian is None else vars(gaussian.rate).copy(),
-            "radius": None if gaussian is None else gaussian.radius,
-            "skipped": 0 if gaussian is None else gaussian.skipped,
-            "evaluations": 0 if gaussian is None else gaussian.evaluations,
-            "num_averaged": None if gaussian is None else gaussian.num_averaged,
-            "recycling": recycling_state(gaussian),
-            "members": {
-                "rates": {
-                    name: {**vars(rate), "last_gradient": vars(rate.last_gradient).copy()}
-                    for name, rate in members.rates.items()
-                },
-                "skipped": members.skipped,
-            },
-            "sites": described(self.state.layout),
-            "others": self.others.get_state(),
-        }
+        return {**_saved.entries(self.state), "others": self.others.get_state()}
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Continue from `get_state()`; taken up at the next step, when the guide's parameters are there."""
-        expected = {"count", "seed", "loc", "precision", "rate", "radius", "skipped", "evaluations", "recycling"}
-        expected |= {"num_averaged", "low_rank", "members", "sites", "others"}
+        expected = _saved.NAMES | {"others"}
         if state_dict and set(state_dict) != expected:
             raise ValueError(
                 f"BLR cannot continue from a state with the entries {sorted(map(str, state_dict))}: it expected "
                 f"{sorted(expected)}, as `BLR.get_state()` returns them."
             )
         self._loaded, self.state = dict(state_dict), None
-
-    def _resumed(self, fresh: OptState) -> OptState:
-        gaussian, device = fresh.gaussian, next(iter(fresh.layout.tensors.values())).device
-        loaded: dict[str, Any] = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), self._loaded)
-        shape = None if gaussian is None else tuple(field_of(gaussian.precision).shape)
-        expected = (described(fresh.layout), shape)
-        stored = (loaded["sites"], None if loaded["precision"] is None else tuple(loaded["precision"].shape))
-        if stored != expected:
-            raise ValueError(
-                f"the loaded BLR state belongs to the sites {stored[0]} with a precision of shape {stored[1]}; "
-                f"this guide has {expected[0]} and {expected[1]}. Load it for the guide and the options that "
-                "it was saved with, or start with a new BLR()."
-            )
-        self._loaded = {}
-        self.others.set_state(loaded["others"])
-        if gaussian is not None:
-            fresh_counts, counts = gaussian.num_averaged, loaded["num_averaged"]
-            gaussian = State(
-                loc=loaded["loc"],
-                precision=resumed_precision(gaussian.precision, loaded["precision"], loaded["low_rank"]),
-                rate=_rate.RateState(**loaded["rate"]),
-                radius=loaded["radius"],
-                skipped=loaded["skipped"],
-                evaluations=loaded["evaluations"],
-                residual=math.nan,
-                error=math.nan,
-                num_averaged=counts if fresh_counts is not None and counts is not None else fresh_counts,
-                recycling=resumed_recycling(gaussian.recycling, loaded["recycling"]),
-            )
-        rates = {}
-        for name, rate in loaded["members"]["rates"].items():
-            family = type(fresh.members.rates[name].last_gradient)
-            rates[name] = _rate.RateState(**{**rate, "last_gradient": family(**rate["last_gradient"])})
-        members = _sweep.Sweep(rates=rates, skipped=loaded["members"]["skipped"])
-        return replace(fresh, count=loaded["count"], gaussian=gaussian, members=members)
 
     def _draws(self, state: OptState, seed: int) -> Draws:
         gaussian = state.gaussian
@@ -606,55 +548,3 @@ class BLR(pyro.optim.PyroOptim):
         if callable(self.learning_rate):
             return _options.checked_schedule_value(self.learning_rate(count), count)
         return self.learning_rate
-
-
-def described(layout: Layout) -> list[tuple[str, str, tuple[int, ...]]]:
-    """What a saved state must agree with."""
-    sites = [(site.name, site.block.structure, site.block.shape) for site in layout.sites]
-    return sites + [
-        (member.name, member.family.__name__, tuple(layout.tensors[member.params[0]].shape))
-        for member in layout.members
-    ]
-
-
-def low_rank_state(gaussian: State | None) -> tuple[Tensor | None, ...] | None:
-    """What a guide of low rank has beside S."""
-    return gaussian.precision.own if gaussian and isinstance(gaussian.precision, LowRankPrecision) else None
-
-
-def resumed_precision(fresh: Any, field: Tensor, own: Any) -> Precision:
-    """S as it was, and what `low_rank_state` described."""
-    return replace(fresh, matrix=field, own=own) if isinstance(fresh, LowRankPrecision) else type(fresh)(field)
-
-
-STORES: dict[str, Any] = {
-    "pool": recycled.Pool,
-    "frame": orthogonal.Frame,
-    "drift": _drift.Drift,
-    "missed": _missed.Missed,
-}
-KEPT = [item.name for item in fields(_recycled.Recycling) if item.name not in STORES]
-
-
-def recycling_state(gaussian: State | None) -> dict[str, Any] | None:
-    """What is carried beside the Gaussian, as tensors and numbers by name."""
-    if gaussian is None or gaussian.recycling is None:
-        return None
-    recycling = gaussian.recycling
-    stored = {name: getattr(recycling, name) for name in KEPT}
-    for part in (getattr(recycling, name) for name in STORES):
-        stored |= {} if part is None else vars(part)
-    return stored
-
-
-def resumed_recycling(fresh: _recycled.Recycling | None, loaded: dict[str, Any] | None) -> _recycled.Recycling | None:
-    """What `recycling_state` described; a fit that keeps draws now and did not then starts without any."""
-    if fresh is None or loaded is None:
-        return fresh
-    parts = {name: getattr(fresh, name) for name in STORES}
-    for name, kind in STORES.items():
-        stored = {item.name: loaded[item.name] for item in fields(kind) if item.name in loaded}
-        parts[name] = replace(parts[name], **stored) if stored and parts[name] is not None else parts[name]
-    if parts["frame"].rows.shape != fresh.frame.rows.shape:
-        parts["frame"] = fresh.frame  # of another `num_draws`
-    return _recycled.Recycling(**parts, **{name: loaded[name] for name in KEPT})
