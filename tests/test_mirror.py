@@ -66,11 +66,12 @@ DIFFERENCES = {
     },
     "gradients/_second.py": {
         # JAX refuses a derivative that there is none of, and torch has to be checked
-        "__all__", "by_differences", "by_forward_mode", "gradient_of", "has_second_derivative", "Gradient", "Products",
-        "NO_DERIVATIVE", "unknown", "where_known",
+        "__all__", "by_differences", "by_forward_mode", "gradient_of", "has_second_derivative", "NO_DERIVATIVE",
+        "unknown", "where_known",
     },
     "gradients/hutchinson.py": {"__all__", "Graphs", "hutchinson", "product"},  # graphs of torch are kept
-    "gradients/secant.py": {"Chords.mirrored", "chords"},  # keys and seeds; JAX takes one pair at a time
+    # keys and seeds; JAX takes one pair at a time, and vectorises by itself
+    "gradients/secant.py": {"Chords.mirrored", "__all__", "chords", "gradients_at"},
     "gradients/recycled.py": {"Moments", "Pool", "Pool.count", "append"},  # arrays of a fixed size, or that grow
     "gradients/drawn.py": {  # torch has seeds, and JAX has keys
         "__all__", "directions", "natural_gradients", "samples", "seeded",

@@ -5,8 +5,8 @@ from ._estimate import Estimate as Estimate
 from ._estimate import Extras as Extras
 from ._estimate import Objective as Objective
 from ._estimate import Split as Split
+from .curvatures import curvatures_at as curvatures_at
 from .hessian import hessian as hessian
-from .hessian import hessians_at as hessians_at
 from .hutchinson import hutchinson as hutchinson
 from .hutchinson import parted as parted
 from .hutchinson import product as product
@@ -14,7 +14,6 @@ from .reparameterized import reparameterized as reparameterized
 from .secant import Chords as Chords
 from .secant import chords as chords
 from .secant import secant as secant
-from .secant import secants_at as secants_at
 
 __all__ = [
     "Chords",
@@ -23,12 +22,11 @@ __all__ = [
     "Extras",
     "Objective",
     "chords",
+    "curvatures_at",
     "hessian",
-    "hessians_at",
     "hutchinson",
     "parted",
     "product",
     "reparameterized",
     "secant",
-    "secants_at",
 ]

@@ -20,29 +20,24 @@ from jax import Array
 from ..families import Block
 from .recycled import scaled
 
-__all__ = ["NO_DERIVATIVE", "Products", "by_differences", "by_forward_mode", "standard_deviations", "where_known"]
+__all__ = ["NO_DERIVATIVE", "STEP", "by_differences", "by_forward_mode", "standard_deviations", "where_known"]
 
 STEP = 0.03
 NO_DERIVATIVE = (TypeError, NotImplementedError)  # of a function with a derivative of its own, or without a second
 UNKNOWN_SCALE = 0.1  # of a point, and of a site whose covariance is not learned
 
-Gradient = Callable[[Array], tuple[Array, Any]]
-"""m [D] -> (∇ℓ [D], whatever else there is to know at m)."""
 
-Products = Callable[[Gradient, Array, Array], tuple[Array, Any]]
-
-
-def by_forward_mode(gradient: Gradient, loc: Array, directions: Array) -> tuple[Array, Any]:
-    """(H u [P, D] for each of `directions` [P, D], and the rest); an error where there is no such derivative."""
+def by_forward_mode(gradient: Callable[[Array], tuple[Array, Any]], loc: Array, directions: Array) -> tuple[Array, Any]:
+    """(H u [P, D] for each of `directions` [P, D], and what `gradient` has beside ∇ℓ), or an error: `NO_DERIVATIVE`."""
     push = jax.vmap(lambda u: jax.jvp(gradient, (loc,), (u,), has_aux=True), out_axes=(None, 0, None))
     _, products, rest = push(directions)
     return products, rest
 
 
-def by_differences(gradient: Gradient, loc: Array, directions: Array) -> tuple[Array, Any]:
-    """The same."""
-    difference = jax.vmap(lambda u: gradient(loc + STEP * u)[0] - gradient(loc - STEP * u)[0])
-    return difference(directions) / (2 * STEP), gradient(loc)[1]
+def by_differences(gradient: Callable[[Array], Array], loc: Array, directions: Array) -> Array:
+    """H u [P, D] for each of `directions` [P, D]."""
+    upper, lower = jax.vmap(jax.vmap(gradient))(loc + STEP * jnp.stack([directions, -directions]))
+    return (upper - lower) / (2 * STEP)
 
 
 def where_known(products: Array, gradients: Array, differences: Callable[[], Array]) -> tuple[Array, Array]:

@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ..families import Block
 from ._estimate import Draws, Estimate, Extras, Objective, Split, average_over_pairs, value_and_gradients
-from ._second import NO_DERIVATIVE, Products, by_differences, by_forward_mode, standard_deviations, where_known
+from ._second import NO_DERIVATIVE, by_differences, by_forward_mode, standard_deviations, where_known
 
 __all__ = ["hessian", "hessians_at"]
 
@@ -34,9 +35,26 @@ def hessian(
     forward: bool = False,
 ) -> Estimate:
     """E_q[g] and E_q[∇²ℓ] at the given draws."""
-    hessians, losses, gradients, g_others, extras, cost = hessians_at(
-        objective, loc, scales, others, draws, blocks, split=split, forward=forward
-    )
+    evaluate = value_and_gradients(objective, (0, 2), forward)
+
+    def in_differences() -> Array:
+        columns = standard_deviations(blocks, scales, jnp.eye(len(loc), dtype=loc.dtype))  # Cᵀ
+
+        def at_draw(draw: Draws) -> Array:
+            return by_differences(lambda loc: evaluate(loc, scales, others, draw)[1][0], loc, columns)
+
+        return jnp.linalg.solve(columns, jax.vmap(at_draw)(draws))  # of Cᵀ H
+
+    cost: Any = 2 * len(loc) + 1
+    try:
+        found = hessians_at(objective, loc, scales, others, draws, blocks, split=split, forward=forward)
+        matrices, losses, gradients, g_others, extras = found
+        matrices, missing = where_known(matrices, gradients, in_differences)
+        cost = jnp.where(missing, 3, 1) * len(loc) + 1
+    except NO_DERIVATIVE:
+        evaluate_at = jax.vmap(lambda draw: evaluate(loc, scales, others, draw))
+        matrices, ((losses, extras), (gradients, g_others)) = in_differences(), evaluate_at(draws)
+    hessians = (matrices + jnp.swapaxes(matrices, 1, 2)) / 2
     return average_over_pairs(losses, gradients, hessians, g_others, extras, cost)
 
 
@@ -50,51 +68,39 @@ def hessians_at(
     *,
     split: Split | None = None,
     forward: bool = False,
-) -> tuple[Array, Array, Array, Any, Extras, Any]:
-    """(∇²ℓ [S, D, D], losses [S], ∇ℓ [S, D], gradients of `others`, extras), one for each draw, and the cost of one."""
+) -> tuple[Array, Array, Array, Any, Extras]:
+    """(∇²ℓ [S, D, D], losses [S], ∇ℓ [S, D], gradients of `others`, extras), one for each draw.
+
+    Raises:
+        TypeError, NotImplementedError: where there is no second derivative (`NO_DERIVATIVE`).
+    """
     evaluate = value_and_gradients(objective, (0, 2), forward)
     identity = jnp.eye(len(loc), dtype=loc.dtype)
 
-    def at_every_draw(products: Products, directions: Array) -> tuple[Any, ...]:
+    def columns_of(numbers: np.ndarray) -> tuple[Any, ...]:
         def at_draw(draw: Draws):
             def gradient(loc):
                 (loss, extras), (g, g_others) = evaluate(loc, scales, others, draw)
                 return g, (loss, g, g_others, extras)
 
-            matrix, rest = products(gradient, loc, directions)
-            return matrix, *rest
+            columns, rest = by_forward_mode(gradient, loc, identity[numbers])
+            return columns, *rest
 
         return jax.vmap(at_draw)(draws)
 
-    def in_parts(split: Split) -> tuple[Any, ...]:
-        wide, narrow = split.wide, split.narrow(len(loc))
-        columns, *rest = at_every_draw(by_forward_mode, identity[narrow])
+    if split is None:
+        return columns_of(np.arange(len(loc)))
+    wide, narrow = split.wide, split.narrow(len(loc))
+    columns, *rest = columns_of(narrow)
+    evaluate_held = value_and_gradients(split.held, (0,), forward)
 
-        evaluate_held = value_and_gradients(split.held, (0,), forward)
+    def held_at(draw: Draws) -> Array:
+        def gradient(loc):
+            _, (g,) = evaluate_held(loc, scales, others, draw)
+            return g[wide], None
 
-        def at_draw(draw: Draws) -> Array:
-            def gradient(loc):
-                _, (g,) = evaluate_held(loc, scales, others, draw)
-                return g[wide], None
+        return by_forward_mode(gradient, loc, identity[wide])[0]
 
-            products, _ = by_forward_mode(gradient, loc, identity[wide])
-            return products
-
-        matrices = jnp.zeros((len(columns), *identity.shape), loc.dtype)
-        matrices = matrices.at[:, wide[:, None], wide].set(jax.vmap(at_draw)(draws))
-        return matrices.at[:, narrow].set(columns).at[:, :, narrow].set(jnp.swapaxes(columns, 1, 2)), *rest
-
-    def in_differences() -> tuple[Any, ...]:
-        columns = standard_deviations(blocks, scales, identity)  # Cᵀ, so that the products are Cᵀ H
-        products, *rest = at_every_draw(by_differences, columns)
-        return jnp.linalg.solve(columns, products), *rest
-
-    try:
-        found = at_every_draw(by_forward_mode, identity) if split is None else in_parts(split)
-        matrices, losses, gradients, g_others, extras = found
-        matrices, missing = where_known(matrices, gradients, lambda: in_differences()[0])
-        cost: Any = jnp.where(missing, 3, 1) * len(loc) + 1
-    except NO_DERIVATIVE:
-        matrices, losses, gradients, g_others, extras = in_differences()
-        cost = 2 * len(loc) + 1
-    return (matrices + jnp.swapaxes(matrices, 1, 2)) / 2, losses, gradients, g_others, extras, cost
+    matrices = jnp.zeros((len(columns), *identity.shape), loc.dtype)
+    matrices = matrices.at[:, wide[:, None], wide].set(jax.vmap(held_at)(draws))
+    return matrices.at[:, narrow].set(columns).at[:, :, narrow].set(jnp.swapaxes(columns, 1, 2)), *rest

@@ -22,7 +22,7 @@ from jax import Array
 
 from ..families import Block
 from ._estimate import Draws, Estimate, Objective, average_over_pairs, value_and_gradients
-from ._second import NO_DERIVATIVE, Products, by_differences, by_forward_mode, standard_deviations, where_known
+from ._second import NO_DERIVATIVE, by_differences, by_forward_mode, standard_deviations, where_known
 
 __all__ = ["hutchinson", "parted", "product"]
 
@@ -46,24 +46,30 @@ def hutchinson(
 
     unit = standard_deviations(blocks, scales, jnp.ones_like(loc))
 
-    def at_every_draw(products: Products) -> tuple[Any, ...]:
-        def at_draw(draw: Draws, probes: Array):
-            def gradient(loc):
-                (loss, extras), (g, g_others) = evaluate(loc, scales, others, draw)
-                return g, (loss, g, g_others, extras)
+    def by_derivatives(draw: Draws, probes: Array) -> tuple[Any, ...]:
+        def gradient(loc):
+            (loss, extras), (g, g_others) = evaluate(loc, scales, others, draw)
+            return g, (loss, g, g_others, extras)
 
-            rows, rest = products(gradient, loc, unit * probes)
-            return (probes * rows).sum(0) / unit, *rest
+        rows, rest = by_forward_mode(gradient, loc, unit * probes)
+        return diagonal_of(probes, rows), *rest
 
-        return jax.vmap(at_draw)(draws, probes)
+    def in_differences(draw: Draws, probes: Array) -> Array:
+        rows = by_differences(lambda loc: evaluate(loc, scales, others, draw)[1][0], loc, unit * probes)
+        return diagonal_of(probes, rows)
+
+    def diagonal_of(probes: Array, rows: Array) -> Array:
+        return (probes * rows).sum(0) / unit
 
     cost: Any = 1 + 2 * probes.shape[1]
     try:
-        diagonals, losses, gradients, g_others, extras = at_every_draw(by_forward_mode)
-        diagonals, missing = where_known(diagonals, gradients, lambda: at_every_draw(by_differences)[0])
+        diagonals, losses, gradients, g_others, extras = jax.vmap(by_derivatives)(draws, probes)
+        diagonals, missing = where_known(diagonals, gradients, lambda: jax.vmap(in_differences)(draws, probes))
         cost += jnp.where(missing, cost - 1, 0)
     except NO_DERIVATIVE:
-        diagonals, losses, gradients, g_others, extras = at_every_draw(by_differences)
+        evaluate_at = jax.vmap(lambda draw: evaluate(loc, scales, others, draw))
+        (losses, extras), (gradients, g_others) = evaluate_at(draws)
+        diagonals = jax.vmap(in_differences)(draws, probes)
     return average_over_pairs(losses, gradients, diagonals, g_others, extras, cost)
 
 

@@ -27,10 +27,10 @@ from jax import Array, random
 from jax.scipy.linalg import solve_triangular
 
 from ..families import Block
-from ._estimate import Draws, Estimate, Extras, Objective, average_over_pairs, value_and_gradients
+from ._estimate import Draws, Estimate, Objective, average_over_pairs, value_and_gradients
 from .recycled import scaled
 
-__all__ = ["Chords", "chords", "secant", "secants_at"]
+__all__ = ["SHARE", "Chords", "chords", "secant"]
 
 SHARE = 0.25  # θ
 POINT = 0.003  # in place of √θ C for a point, and for a site whose covariance is not learned: H at the draw, nearly
@@ -70,23 +70,6 @@ def secant(
     forward: bool = False,
 ) -> Estimate:
     """E_q[g] at the given draws, and E_q[∇²ℓ], or its diagonal where the draws have probes."""
-    curvatures, losses, gradients, g_others, extras, cost = secants_at(
-        objective, loc, scales, others, draws, blocks, forward=forward
-    )
-    return average_over_pairs(losses, gradients, curvatures, g_others, extras, cost)
-
-
-def secants_at(
-    objective: Objective,
-    loc: Array,
-    scales: tuple[Array | None, ...],
-    others: Any,
-    draws: Draws,
-    blocks: tuple[Block, ...],
-    *,
-    forward: bool = False,
-) -> tuple[Array, Array, Array, Any, Extras, int]:
-    """(curvatures [S, D, D] or [S, D], losses [S], ∇ℓ [S, D], gradients of `others`, extras), and the cost of one."""
     evaluate = value_and_gradients(objective, (0, 2), forward)
     inner, outer = math.sqrt(1 - SHARE), math.sqrt(SHARE)
     reach = tuple(
@@ -97,10 +80,7 @@ def secants_at(
         [np.full(block.size, scale is not None) for block, scale in zip(blocks, scales, strict=True)]
     )
     assert draws.chords is not None  # the rule makes them for this estimator
-    (eta, x), around = draws.chords, draws
-    if draws.noise is not None:  # turned, so that √(1 − θ) e + √θ η is the draw's own ε
-        around = draws._replace(noise=inner * draws.noise - outer * eta)
-        eta = outer * draws.noise + inner * eta
+    eta, x = draws.chords
     identity = jnp.eye(len(loc), dtype=loc.dtype)
     probes = jnp.broadcast_to(identity, (len(eta), *identity.shape)) if draws.probes is None else draws.probes
     lengths = jnp.linalg.norm(probes, axis=-1, keepdims=True)
@@ -110,12 +90,12 @@ def secants_at(
     ends = loc + scaled(blocks, reach, jnp.stack(list(ways), 1))  # z₊ and z₋ but for C √(1 − θ) e, [S, 2, P, D]
     narrowed = tuple(None if scale is None else inner * scale for scale in scales)
 
-    def at_draw(draw: Draws, around: Draws, ends: Array) -> tuple[Any, ...]:
-        gradient_at = jax.vmap(jax.vmap(lambda end: evaluate(end, narrowed, others, around)[1][0]))
+    def at_draw(draw: Draws, ends: Array) -> tuple[Any, ...]:
+        gradient_at = jax.vmap(jax.vmap(lambda end: evaluate(end, narrowed, others, draw)[1][0]))
         (loss, extras), (gradient, g_others) = evaluate(loc, scales, others, draw)
         return gradient_at(ends), loss, gradient, g_others, extras
 
-    at_ends, losses, gradients, g_others, extras = jax.vmap(at_draw)(draws, around, ends)
+    at_ends, losses, gradients, g_others, extras = jax.vmap(at_draw)(draws, ends)
     products = lengths * (at_ends[:, 0] - at_ends[:, 1]) / (2 * x[..., None])  # √θ H C u, of the probes u
     if draws.probes is None:
         columns = scaled(blocks, reach, identity)  # √θ Cᵀ, and the products are √θ Cᵀ H
@@ -123,4 +103,4 @@ def secants_at(
         curvatures = (matrices + jnp.swapaxes(matrices, 1, 2)) / 2
     else:
         curvatures = (probes * products).sum(1) / scaled(blocks, reach, jnp.ones_like(loc))
-    return curvatures, losses, gradients, g_others, extras, 1 + 2 * x.shape[1]
+    return average_over_pairs(losses, gradients, curvatures, g_others, extras, 1 + 2 * x.shape[1])

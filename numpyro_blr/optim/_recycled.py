@@ -58,7 +58,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..families import Block, DensePrecision
-from ..gradients import Chords, Draws, Objective, Split, hessians_at, orthogonal, recycled, secants_at
+from ..gradients import Chords, Draws, Objective, Split, curvatures_at, orthogonal, recycled
 from . import _drift, _missed, _rate
 from ._gaussian import State, all_finite, scales_of, select, skipped
 
@@ -239,16 +239,9 @@ def step(
     fresh = jnp.arange(max_pairs, dtype=jnp.int32) < recycling.num_pairs
     before, (state, went_on, extra_losses) = state, _drifted(state, objective, blocks, noise, fresh)
     assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
-    by_hessians: Any = partial(hessians_at, split=split, forward=forward)
-    by_secants: Any = partial(secants_at, forward=forward)
-
-    def curvatures_at(look: Array, *args: Any) -> tuple[Any, ...]:
-        if recycling.missed is None:
-            return (by_hessians if chords is None else by_secants)(*args)
-        return _either(recycling.missed.secants & ~look, by_secants, by_hessians, *args)
-
+    curvatures = partial(curvatures_at, split=split, forward=forward)
     num_drawn, pool, losses, usable, misses, evaluations = _fresh(
-        state, objective, blocks, noise, chords, temperature, curvatures_at
+        state, objective, blocks, noise, chords, temperature, curvatures
     )
 
     def noisy_steps_of(start: _Place) -> Array:
@@ -406,19 +399,6 @@ def _drifted(
     return replace(state, loc=after_loc, precision=after_precision, recycling=recycling), went_on, extra_losses
 
 
-def _either(
-    condition: Array, one: Callable[..., tuple[Any, ...]], other: Callable[..., tuple[Any, ...]], *args: Any
-) -> tuple[Any, ...]:
-    """Curvatures, losses, gradients and their cost, the one way or the other."""
-
-    def without_extras(way: Callable[..., Any], draws: Draws) -> tuple[Array, ...]:
-        curvatures, losses, gradients, _, _, cost = way(*args[:4], draws, *args[5:])
-        return curvatures, losses, gradients, jnp.asarray(cost, losses.dtype)
-
-    *found, cost = lax.cond(condition, partial(without_extras, one), partial(without_extras, other), args[4])
-    return *found, {}, None, cost
-
-
 def _fresh(
     state: State,
     objective: Objective,
@@ -426,7 +406,7 @@ def _fresh(
     noise: Array,
     chords: Chords | None,
     temperature: float,
-    curvatures_at: Callable[..., tuple[Any, ...]],
+    curvatures: Callable[..., tuple[Any, ...]],
 ) -> tuple[Array, recycled.Pool, Array, Array, Array, Array]:
     """Pairs up to the first that is not finite, the pool with them, their losses [K, 2], whether there is none, whether
     they miss curvature, and the gradients that they took.
@@ -447,7 +427,8 @@ def _fresh(
         pair = Draws.at(_pair(noise[place]))
         if chords is not None:
             pair = pair._replace(chords=Chords(*(chord[None, place] for chord in chords)).mirrored())
-        hessians, values, gradients, _, _, cost = curvatures_at(look, objective, state.loc, scales, {}, pair, blocks)
+        secants = chords is not None if missed is None else missed.secants & ~look
+        hessians, values, gradients, cost = curvatures(objective, state.loc, scales, pair, blocks, secants=secants)
         finite = look | all_finite(values, gradients, hessians)
         found = tuple(
             lax.dynamic_update_index_in_dim(stack, value, row, 0)
@@ -455,7 +436,7 @@ def _fresh(
         )
         if missed is not None:
             traces = traces.at[place].set(jnp.einsum("pab,ab->", hessians, covariance) / 2)
-        return number + 1, found, traces, finite, evaluations + 2 * cost
+        return number + 1, found, traces, finite, evaluations + 2 * jnp.asarray(cost, dtype)
 
     rows, turns = (
         (max_pairs, num_pairs) if missed is None else (max_pairs + 1, jnp.where(missed.look, 2, 1) * num_pairs)

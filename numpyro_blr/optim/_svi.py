@@ -188,9 +188,10 @@ def objective_of(fn: Callable, layout: Layout, params: Mapping[str, Any]) -> Obj
 
     `fn` closes over one random key, so all evaluations see the same minibatch, and the same noise for the same draw.
     A member's own log q is no part of it: what is left of the loss is its −log p. Sites that are `layout.held` are
-    constants.
+    constants. The host's program is traced once for all evaluations that are alike.
     """
 
+    @jax.jit
     def objective(loc: Array, scales: tuple[Array | None, ...], others: Mapping[str, Any], draw: Draws | None):
         values = {**scatter(layout, loc, scales, params), **others}
         locs = [site.loc for site in layout.sites if site.name in layout.held]

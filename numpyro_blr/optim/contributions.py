@@ -23,7 +23,7 @@ from numpyro import handlers
 from numpyro.infer import SVI
 
 from ..families import Block, MultivariateNormalNatural, Natural, NormalNatural
-from ..gradients import Draws, Extras, hessians_at
+from ..gradients import Draws, Extras, hessian
 from . import _svi, _sweep
 from ._layout import gather, gather_members
 
@@ -152,10 +152,9 @@ def _targets(svi: SVI, opt_state: Any, args: tuple, kwargs: Any, num_draws: int,
             result[role.name] = _sweep.natural_gradient(role, natural, design, values, slopes, keys[role.name])
         if layout.sites:
             runs = draws._replace(members=weighed)
-            hessians, _, gradients, *_ = hessians_at(objective, loc, scales, others, runs, layout.blocks)
-            gradient, hessian = gradients.mean(0), hessians.mean(0)
+            estimate = hessian(objective, loc, scales, others, runs, layout.blocks)
             for site in (site for site in layout.sites if not site.bare):
-                result[site.name] = _gaussian(site.block, loc, gradient, hessian)
+                result[site.name] = _gaussian(site.block, loc, estimate.gradient, estimate.hessian)
         return {name: -natural / svi.optim.temperature for name, natural in result.items()}
 
     def spread(weights: dict[str, Array]) -> dict[str, Array]:

@@ -11,8 +11,8 @@ from ._estimate import Vectorised as Vectorised
 from ._estimate import each_draw as each_draw
 from ._estimate import losses_of as losses_of
 from ._second import has_second_derivative as has_second_derivative
+from .curvatures import curvatures_at as curvatures_at
 from .hessian import hessian as hessian
-from .hessian import hessians_at as hessians_at
 from .hutchinson import Graphs as Graphs
 from .hutchinson import hutchinson as hutchinson
 from .hutchinson import parted as parted
@@ -21,7 +21,6 @@ from .reparameterized import reparameterized as reparameterized
 from .secant import Chords as Chords
 from .secant import chords as chords
 from .secant import secant as secant
-from .secant import secants_at as secants_at
 
 __all__ = [
     "AtPoints",
@@ -34,15 +33,14 @@ __all__ = [
     "Transformation",
     "Vectorised",
     "chords",
+    "curvatures_at",
     "each_draw",
     "has_second_derivative",
     "hessian",
-    "hessians_at",
     "hutchinson",
     "losses_of",
     "parted",
     "product",
     "reparameterized",
     "secant",
-    "secants_at",
 ]

@@ -29,7 +29,7 @@ from ..families import Block
 from ._estimate import AtPoints, Draws, Estimate, Extras, Objective, at_every_draw, average_over_pairs
 from .recycled import scaled
 
-__all__ = ["Chords", "chords", "secant", "secants_at"]
+__all__ = ["SHARE", "Chords", "chords", "gradients_at", "secant"]
 
 SHARE = 0.25  # θ
 POINT = 0.003  # in place of √θ C for a point, and for a site whose covariance is not learned: H at the draw, nearly
@@ -68,19 +68,6 @@ def secant(
     blocks: tuple[Block, ...],
 ) -> Estimate:
     """E_q[g] at the given draws, and E_q[∇²ℓ], or its diagonal where the draws have probes."""
-    curvatures, losses, gradients, extras, cost = secants_at(objective, loc, scales, others, draws, blocks)
-    return average_over_pairs(losses, gradients, curvatures, extras, cost)
-
-
-def secants_at(
-    objective: Objective,
-    loc: Tensor,
-    scales: tuple[Tensor | None, ...],
-    others: Any,
-    draws: Draws,
-    blocks: tuple[Block, ...],
-) -> tuple[Tensor, Tensor, Tensor, Extras, int]:
-    """(curvatures [S, D, D] or [S, D], losses [S], ∇ℓ [S, D]), the extras of the first draw, and the cost of one."""
     inner, outer = math.sqrt(1 - SHARE), math.sqrt(SHARE)
     reach = tuple(
         loc.new_full(block.shape, POINT) if scale is None else outer * scale
@@ -93,10 +80,7 @@ def secants_at(
         ]
     )
     assert draws.chords is not None  # the rule makes them for this estimator
-    (eta, x), around = draws.chords, draws._replace(chords=None)
-    if draws.noise is not None:  # turned, so that √(1 − θ) e + √θ η is the draw's own ε
-        around = Draws.at(inner * draws.noise - outer * eta)
-        eta = outer * draws.noise + inner * eta
+    eta, x = draws.chords
     identity = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
     probes = identity.expand(len(eta), *identity.shape) if draws.probes is None else draws.probes
     lengths = torch.linalg.vector_norm(probes, dim=-1, keepdim=True)
@@ -106,8 +90,8 @@ def secants_at(
     ends = loc + scaled(blocks, reach, torch.stack(ways, 1))  # z₊ and z₋ but for C √(1 − θ) e, [S, 2, P, D]
     narrowed = tuple(None if scale is None else inner * scale for scale in scales)
 
-    (losses, gradients), extras = _gradients(objective, loc, scales, others, draws, loc.expand(len(eta), 1, -1))
-    (_, at_ends), _ = _gradients(objective, loc, narrowed, others, around, ends.flatten(1, 2))
+    (losses, gradients), extras = gradients_at(objective, loc, scales, others, draws, loc.expand(len(eta), 1, -1))
+    (_, at_ends), _ = gradients_at(objective, loc, narrowed, others, draws, ends.flatten(1, 2))
     upper, lower = at_ends.reshape(ends.shape).unbind(1)
     products = lengths * (upper - lower) / (2 * x[..., None])  # √θ H C u, of the probes u
     if draws.probes is None:
@@ -116,10 +100,10 @@ def secants_at(
         curvatures = (matrices + matrices.mT) / 2
     else:
         curvatures = (probes * products).sum(1) / scaled(blocks, reach, torch.ones_like(loc))
-    return curvatures, losses[:, 0], gradients[:, 0], extras, 1 + 2 * x.shape[1]
+    return average_over_pairs(losses[:, 0], gradients[:, 0], curvatures, extras, 1 + 2 * x.shape[1])
 
 
-def _gradients(
+def gradients_at(
     objective: Objective,
     loc: Tensor,
     scales: tuple[Tensor | None, ...],

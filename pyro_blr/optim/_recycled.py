@@ -57,7 +57,7 @@ import torch
 from torch import Tensor
 
 from ..families import Block, DensePrecision
-from ..gradients import Chords, Draws, Objective, Split, hessians_at, orthogonal, recycled, secants_at
+from ..gradients import Chords, Draws, Objective, Split, curvatures_at, orthogonal, recycled
 from . import _drift, _missed, _rate
 from ._gaussian import State, all_finite, losses_at, scales_of, skipped
 
@@ -234,9 +234,9 @@ def step(
 
     before, (state, went_on, extra_losses) = state, _drifted(state, blocks, losses_around)
     assert isinstance(state.precision, DensePrecision)  # where draws are recycled, it is
-    by_hessians: Any = partial(hessians_at, split=split, differences=differences)
+    curvatures = partial(curvatures_at, split=split, differences=differences)
     pool, losses, usable, misses, evaluations = _fresh(
-        state, objective, blocks, pairs, draws, chords, temperature, by_hessians
+        state, objective, blocks, pairs, draws, chords, temperature, curvatures
     )
 
     def place(loc: Tensor, precision: DensePrecision, scales: tuple[Any, ...]) -> _Place:
@@ -366,7 +366,7 @@ def _fresh(
     draws: Draws,
     chords: Chords | None,
     temperature: float,
-    by_hessians: Callable[..., tuple[Any, ...]],
+    curvatures: Callable[..., tuple[Any, ...]],
 ) -> tuple[recycled.Pool, Tensor, bool, bool, int]:
     """The pool with the pairs up to the first that is not finite, all losses, [K, 2], whether there is none, whether
     they miss curvature, and the gradients that they took.
@@ -376,8 +376,8 @@ def _fresh(
     constant = log_determinant + len(state.loc) * math.log(2 * math.pi) / (2 * temperature)
     if chords is not None:
         draws = draws._replace(chords=Chords(*(chord[: len(pairs)] for chord in chords)).mirrored(1))
-    curvatures_at = by_hessians if chords is None else secants_at
-    hessians, losses, gradients, _, cost = curvatures_at(objective, state.loc, scales, None, draws, blocks)
+    at, secants = (objective, state.loc, scales, draws, blocks), chords is not None
+    hessians, losses, gradients, cost = curvatures(*at, secants=secants)
     losses = losses.reshape(-1, 2)
     energies = losses + constant + (pairs**2).sum(-1) / (2 * temperature)  # ℓ/τ
     found = [pairs, energies, gradients.reshape(pairs.shape), hessians.reshape(*pairs.shape, -1)]
@@ -389,7 +389,7 @@ def _fresh(
     misses, missed = False, state.recycling.missed
     if missed is not None and (missed.look or not missed.secants):
         if missed.look:
-            hessians, *_, more = by_hessians(objective, state.loc, scales, None, draws, blocks)
+            hessians, *_, more = curvatures(*at)
             cost += more
         identity = torch.eye(pairs.shape[-1], dtype=pairs.dtype, device=pairs.device)
         columns, away = (recycled.scaled(blocks, scales, vectors) for vectors in (identity, pairs))

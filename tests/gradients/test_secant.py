@@ -38,12 +38,18 @@ LIKELIHOOD = Absolute(np.random.default_rng(7).normal(size=(30, 4)), np.random.d
 def estimate(backend, problem, parts, noise, beside, along, probes=None, *, known=False):
     """One estimate by the package, at N(LOC, PRECISION⁻¹), from pairs ± `noise` [K, D], which it may know."""
     number = len(noise)
-    draws = backend.draws(number, probes)
-    if known:
-        draws = backend.gradients.Draws.at(backend.xp.concatenate([noise, -noise]))
-    draws = draws._replace(chords=backend.gradients.Chords(beside, along).mirrored())
-    at = backend.array(LOC), backend.scales(PRECISION, parts), None, draws, backend.blocks(parts)
-    return backend.compiled(partial(backend.gradients.secant, backend.objective(problem, parts, noise), *at))()
+    gradients, objective = backend.gradients, backend.objective(problem, parts, noise)
+    pairs = gradients.Draws.at(backend.xp.concatenate([noise, -noise])) if known else backend.draws(number, probes)
+    draws = pairs._replace(chords=gradients.Chords(beside, along).mirrored())
+    loc, scales, blocks = backend.array(LOC), backend.scales(PRECISION, parts), backend.blocks(parts)
+    if not known:
+        return backend.compiled(partial(gradients.secant, objective, loc, scales, None, draws, blocks))()
+    curvatures_at = partial(gradients.curvatures_at, objective, loc, scales, draws, blocks, secants=True)
+    hessians, losses, slopes, cost = backend.compiled(curvatures_at)()
+    pair_gradients = (slopes[:number] + slopes[number:]) / 2
+    return gradients.Estimate(
+        losses.mean(), losses, slopes.mean(0), pair_gradients, hessians.mean(0), None, None, cost * 2 * number
+    )
 
 
 def randomness(random, *shape, num_directions=4):
