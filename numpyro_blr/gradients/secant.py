@@ -54,9 +54,9 @@ class Chords(NamedTuple):
 
 def chords(rng_key: Array, num_pairs: int, num_directions: int, like: Array) -> Chords:
     """η ~ N(0, I), and x ~ χ₃ as the length of three normals."""
-    beside, along = random.split(rng_key)
-    normals = random.normal(along, (num_pairs, num_directions, 3), like.dtype)
-    return Chords(random.normal(beside, (num_pairs, *like.shape), like.dtype), jnp.linalg.norm(normals, axis=-1))
+    normals = random.normal(rng_key, (num_pairs * (len(like) + 3 * num_directions),), like.dtype)
+    beside, along = jnp.split(normals, [num_pairs * len(like)])
+    return Chords(beside.reshape(num_pairs, -1), jnp.linalg.norm(along.reshape(num_pairs, num_directions, 3), axis=-1))
 
 
 def secant(

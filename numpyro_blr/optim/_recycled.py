@@ -423,7 +423,7 @@ def _fresh(
     def draw(carry):
         number, found, traces, _, evaluations = carry
         look = number >= num_pairs  # at the same pairs again, whose Hessians go into a row to spare
-        place, row = number % num_pairs, jnp.where(look, max_pairs, number)
+        place, row = lax.rem(number, num_pairs), jnp.where(look, max_pairs, number)
         pair = Draws.at(_pair(noise[place]))
         if chords is not None:
             pair = pair._replace(chords=Chords(*(chord[None, place] for chord in chords)).mirrored())
@@ -477,7 +477,7 @@ def _losses(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *places)
 
     def at_pair(count: Array, losses: Array) -> Array:
-        place, number = count // num_pairs, count % num_pairs
+        place, number = lax.div(count, num_pairs), lax.rem(count, num_pairs)  # of `//`, the signs take most
         loc, scales = jax.tree.map(lambda leaf: leaf[place], stacked)
         draws = Draws.at(_pair(noise[number]))
         pair = jax.vmap(lambda draw: objective(loc, scales, {}, draw)[0])(draws)
