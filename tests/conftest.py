@@ -37,6 +37,14 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        in_numpyro = getattr(item, "callspec", None) is not None and item.callspec.params.get("backend") == "numpyro"
+        if in_numpyro and item.get_closest_marker("slow_to_compile"):
+            item.add_marker("slow")
+
+
 @functools.cache
 def bridge(name: str) -> Bridge:
     """The bridge to a framework; skips the test where the framework is not installed."""

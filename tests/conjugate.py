@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import digamma, logsumexp
 
-__all__ = ["CONDITIONAL", "CONJUGATE", "Conditional", "Conjugate", "gamma_poisson", "regression"]
+__all__ = ["CONDITIONAL", "CONJUGATE", "Conditional", "Conjugate", "gamma_poisson", "normal_wishart", "regression"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.optimize
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from . import cases
 
@@ -284,14 +284,16 @@ def test_curvatures_by_products_that_do_not_converge_are_told_of_whole_ones(back
         backend.fit(poisson, "AutoNormal", poisson_data(), max_steps=1, optimizer=diagonal)
 
 
-def test_a_budget_that_ends_is_said_and_a_seed_gives_the_same_numbers_whatever_the_budget(backend, of_poisson):
+SAME = pytest.param(0, marks=pytest.mark.slow_to_compile)
+
+
+@pytest.mark.parametrize("seed", [SAME, 4])
+def test_a_budget_that_ends_is_said_and_a_seed_gives_the_same_numbers_whatever_the_budget(backend, of_poisson, seed):
     with pytest.warns(UserWarning, match=r"not converged in 2 steps \(max_steps=2\): .*Give more steps"):
-        same, other = (
-            backend.fit(poisson, "AutoMultivariateNormal", poisson_data(), max_steps=2, seed=seed) for seed in (0, 4)
-        )
-    assert not same.converged and same.steps == 2
-    assert_allclose(same.losses, of_poisson.losses[:2], rtol=1e-12)  # two programs, rounded differently
-    assert (other.losses != same.losses).all()
+        result = backend.fit(poisson, "AutoMultivariateNormal", poisson_data(), max_steps=2, seed=seed)
+    assert not result.converged and result.steps == 2
+    same = np.isclose(result.losses, of_poisson.losses[:2], rtol=1e-12)  # two programs, rounded differently
+    assert_array_equal(same, seed == 0)
 
 
 def test_a_family_that_cannot_fit_is_said(backend):

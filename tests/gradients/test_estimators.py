@@ -97,6 +97,24 @@ def test_antithetic_pairs_cancel_the_noise_of_a_quadratic(backend, name, random)
     assert np.ptp(backend.to_numpy(result.losses)) > 1, "the single draws do differ"
 
 
+@pytest.mark.parametrize("wide", [[1, 2, 3], [0, 2]])
+def test_a_hessian_in_two_parts_is_the_whole_one(backend, wide, random):
+    """Of which the wide columns are those of a loss in which the other coordinates are constants."""
+    problem, parts, noise = cases.student(), cases.LAYOUTS["mixed"], random.normal(size=(2, 4))
+    whole = backend.objective(problem, parts, backend.array(noise))
+    is_wide = backend.array(np.isin(np.arange(4), wide).astype(float))
+
+    def held(loc, *rest):
+        return whole(is_wide * loc + (1 - is_wide) * backend.array(LOC), *rest)
+
+    split = backend.gradients.Split(held, np.array(wide) if backend.package == "numpyro_blr" else tuple(wide))
+    found, expected = (
+        estimate(backend, "hessian", problem, parts, noise, **options) for options in ({"split": split}, {})
+    )
+    assert_allclose(backend.to_numpy(found.hessian), backend.to_numpy(expected.hessian), rtol=1e-11, atol=1e-12)
+    assert_allclose(backend.to_numpy(found.gradient), backend.to_numpy(expected.gradient), rtol=1e-12)
+
+
 class Underflow:
     """ℓ = 400 + 100 z₀ + |z|²/2 by way of p = exp(−400 − 100 z₀), of which p² is 0: log p has a gradient alone."""
 

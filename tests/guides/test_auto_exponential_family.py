@@ -62,7 +62,13 @@ SITES = {
 }
 
 
-@pytest.mark.parametrize("make", SITES, ids=lambda make: make.__name__)
+MAKES = [
+    pytest.param(make, marks=pytest.mark.slow_to_compile if make is on_the_line_and_the_half_line else ())
+    for make in SITES
+]
+
+
+@pytest.mark.parametrize("make", MAKES, ids=lambda make: make.__name__)
 def test_every_site_gets_the_family_of_its_prior_or_support_and_one_step_finds_the_prior(backend, make):
     with backend.promotion(lax=True):
         fit = backend.start_families(make, (), {}, learning_rate=1.0).run(1)

@@ -7,9 +7,15 @@ import warnings
 import numpy as np
 import pytest
 
-from ..conjugate import CONDITIONAL, CONJUGATE, gamma_poisson, regression
+from ..conjugate import CONDITIONAL, CONJUGATE, gamma_poisson, normal_wishart, regression
 
 SWEEPS = 4
+
+
+def sorted_by_time(makes, *, compiled_long=(), long=()):
+    """The cases, some of them left out of a quick run in NumPyro, and some in both."""
+    marks = {make: pytest.mark.slow_to_compile for make in compiled_long} | {make: pytest.mark.slow for make in long}
+    return [pytest.param(make, marks=marks.get(make, ()), id=make.__name__) for make in makes]
 
 
 def assert_natural(found: dict, expected: dict, rtol: float) -> None:
@@ -20,7 +26,7 @@ def assert_natural(found: dict, expected: dict, rtol: float) -> None:
             np.testing.assert_allclose(actual, np.broadcast_to(desired, actual.shape), rtol=rtol, atol=rtol * scale)
 
 
-@pytest.mark.parametrize("make", CONJUGATE, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", sorted_by_time(CONJUGATE, compiled_long=[normal_wishart]))
 def test_one_full_step_is_the_exact_posterior(backend, make):
     case = make()
     with backend.promotion(lax=case.lax):
@@ -37,10 +43,7 @@ def test_the_exact_posterior_is_a_fixed_point_of_the_default_rule_and_its_loss_i
     np.testing.assert_allclose(fit.losses[1], fit.losses[2], rtol=1e-10)
 
 
-QUICK, LATER = CONDITIONAL[:2], [pytest.param(make, marks=pytest.mark.slow) for make in CONDITIONAL[2:]]
-
-
-@pytest.mark.parametrize("make", [*QUICK, *LATER], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", sorted_by_time(CONDITIONAL, compiled_long=CONDITIONAL[:1], long=CONDITIONAL[2:]))
 def test_a_sweep_is_coordinate_ascent(backend, make):
     case = make()
     with backend.promotion(lax=case.lax):

@@ -67,6 +67,7 @@ def logistic_data() -> tuple[np.ndarray, np.ndarray]:
     return x, (random.uniform(size=30) < 1 / (1 + np.exp(-x @ np.array([1.0, -2.0])))).astype(float)
 
 
+@pytest.mark.slow_to_compile
 def test_the_contributions_of_a_logistic_regression_sum_to_its_posterior(backend):
     x, y = logistic_data()
     with backend.promotion(lax=True):

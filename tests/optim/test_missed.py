@@ -166,6 +166,7 @@ def test_with_the_turn_to_secants_the_rule_begins_anew(backend):
     assert float(going_on.rate.noisy_steps) >= 9
 
 
+@pytest.mark.slow_to_compile
 def test_with_the_turn_back_it_begins_anew_as_well(backend):
     def bowl(xp, z):
         return (z**2).sum()

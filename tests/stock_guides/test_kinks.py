@@ -171,9 +171,10 @@ def counts_model(host):
     return model
 
 
-@pytest.mark.parametrize(
-    ("make", "estimator"), [(mixture_model, "secant"), (lasso_model, "secant"), (counts_model, "hessian")]
-)
+SMOOTH = pytest.param(counts_model, "hessian", marks=pytest.mark.slow_to_compile)
+
+
+@pytest.mark.parametrize(("make", "estimator"), [(mixture_model, "secant"), (lasso_model, "secant"), SMOOTH])
 def test_sites_tell_of_kinks(backend, make, estimator):
     x, y = data()
     fit = backend.start(make, cases.MEAN_FIELD.make, (x, abs(np.round(y)))).run(1)

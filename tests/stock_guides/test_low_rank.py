@@ -196,6 +196,7 @@ def test_a_covariance_of_other_parameters_is_refused(backend, data):
         backend.start(correlated, other, data).run(1)
 
 
+@pytest.mark.slow_to_compile
 def test_there_are_no_contributions_to_natural_parameters_that_it_has_not(backend, data):
     fit = backend.start(correlated, low_rank(RANK), data).run(1)
     with pytest.raises(ValueError, match=r"no exponential family. Use AutoMultivariateNormal"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from numpy.testing import assert_allclose
 
 GROUPS = 300
@@ -21,6 +22,7 @@ def groups_of_counts(host):
     return model
 
 
+@pytest.mark.slow_to_compile
 def test_groups_with_the_same_data_agree_after_forty_steps(backend):
     """One probe for all coordinates leaves their log scales 0.05 apart, and a step that is judged by D new scales at a
     few draws is refused for ever.

@@ -31,7 +31,7 @@ once = poisson(lambda host: host.exp_of_one_derivative)
     ("guide", "options"),
     [
         pytest.param("AutoMultivariateNormal", {}, marks=pytest.mark.slow),
-        ("AutoNormal", {}),
+        pytest.param("AutoNormal", {}, marks=pytest.mark.slow_to_compile),
         pytest.param("AutoNormal", {"estimator": "hutchinson"}, marks=pytest.mark.slow),
         pytest.param("AutoNormal", {"learning_rate": 0.5}, marks=pytest.mark.slow),
         ("AutoLaplaceApproximation", {}),

@@ -52,7 +52,9 @@ def small(fit) -> set[str]:
 
 
 CASES = [
-    pytest.param(sampled, "AutoMultivariateNormal", {"learning_rate": 0.5}, id="rate 1/2"),
+    pytest.param(
+        sampled, "AutoMultivariateNormal", {"learning_rate": 0.5}, id="rate 1/2", marks=pytest.mark.slow_to_compile
+    ),
     pytest.param(sampled, "AutoMultivariateNormal", {}, id="automatic", marks=pytest.mark.slow),
     pytest.param(sampled, "AutoNormal", {"learning_rate": 0.5}, id="mean field, rate 1/2", marks=pytest.mark.slow),
     pytest.param(learned, "AutoMultivariateNormal", {}, id="parameters", marks=pytest.mark.slow),

@@ -74,6 +74,7 @@ def test_an_exponential_that_overflows_beside_where_it_vanishes(backend, random)
     assert score @ spread @ score < 0.1**2, "squared distance to the mode, in standard deviations"
 
 
+@pytest.mark.slow_to_compile
 def test_a_hierarchy_does_not_shrink_to_a_point_while_the_noise_grows(backend):
     """At the start the noise is below 1 and the data 240 away: a step of the rule alone moves the variance e-fold.
 
